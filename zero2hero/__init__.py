@@ -1,0 +1,39 @@
+"""zero2hero: from the first neural network to an aligned, deployed language model.
+
+    import zero2hero as z2h
+    lm = z2h.load("runs/quickstart")
+    lm.generate("Once upon a time", max_new_tokens=64, temperature=0.8)
+
+Names are resolved on first use, so that `import zero2hero` itself stays instant and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "load": "zero2hero.language_model",
+    "save": "zero2hero.language_model",
+    "LanguageModel": "zero2hero.language_model",
+    "UserError": "zero2hero.errors",
+}
+
+__all__ = ["LanguageModel", "UserError", "__version__", "load", "save"]
+
+if TYPE_CHECKING:
+    from zero2hero.errors import UserError
+    from zero2hero.language_model import LanguageModel, load, save
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'zero2hero' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

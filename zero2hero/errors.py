@@ -1,0 +1,21 @@
+"""The one exception that users are meant to read.
+
+Anything a person can mend (a wrong path, a misspelt option, a model that does not fit) is raised as
+`UserError` with a message that says what was wrong, where, and what to do next. The command line prints
+it as one line and exits with code 2; in Python it is an ordinary `ValueError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input or environment that the user can put right."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
