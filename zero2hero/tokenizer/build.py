@@ -1,0 +1,78 @@
+"""Assembling tokenizers of the `tokenizers` library, which runs text through a pipeline of five parts.
+
+Normalizer (none here: what comes out must be what went in), pre-tokenizer (text to words), model (words to
+tokens: merges, or one token per character), post-processor (adds BOS and EOS), decoder (tokens to text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from zero2hero.errors import UserError
+from zero2hero.tokenizer.patterns import SpecialSplitter, check_vocab_size, documents, split_pattern
+
+
+def byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
+    """A byte-level pipeline around `model`: words by the split pattern called `pattern`, then bytes."""
+    raw = tokenizers.Tokenizer(model)
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split_pattern(pattern)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str, special: list[str]) -> tokenizers.Tokenizer:
+    """Byte-pair encoding by the library; ids are special tokens, the 256 bytes, merges."""
+    check_vocab_size(vocab_size, special)
+    raw = byte_level(models.BPE(), pattern)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    split_special = SpecialSplitter(special)
+    pieces = (piece for text in documents(texts) for piece in split_special(text)[::2])
+    raw.train_from_iterator(_not_empty(pieces), trainer)
+    return raw
+
+
+def train_characters(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
+    """One token per character of the text, behind the special tokens, in the order of code points."""
+    alphabet = sorted(set().union(*_not_empty(documents(texts))))
+    if len(special) + len(alphabet) > vocab_size:
+        raise UserError(
+            f"the text has {len(alphabet)} different characters; with {len(special)} special tokens that is "
+            f"more than vocab_size={vocab_size}. Raise vocab_size, or use kind='bpe'."
+        )
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    # An unk_token that is not in the vocabulary makes unknown characters an error instead of a silent gap.
+    raw = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    raw.decoder = decoders.Fuse()
+    return raw
+
+
+def _not_empty(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = empty and not text
+        yield text
+    if empty:
+        raise UserError("there is no text to train a tokenizer on: every document is empty.")
+
+
+def bos_template(raw: tokenizers.Tokenizer, bos: str) -> processors.TemplateProcessing:
+    """The post-processor that puts one `bos` before a text, and before the second of a pair (type id 1)."""
+    return processors.TemplateProcessing(
+        single=[f"{bos}:0", "$A:0"],
+        pair=[f"{bos}:0", "$A:0", f"{bos}:1", "$B:1"],
+        special_tokens=[(bos, raw.token_to_id(bos))],
+    )
