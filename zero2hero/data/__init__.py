@@ -1,0 +1,49 @@
+"""Data: from the user's text, or built-in text, to training batches.
+
+source = open_source("stories")                      sources.py, files.py, hub.py
+cache = tokenize_to_cache(source, tokenizer)         cache.py
+train, validation = split_documents(cache)
+batches = Batches(train, max_length=256, batch_size=16, seed=0)     batches.py
+batches[0].to("cpu")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "Source": "sources",
+    "open_source": "sources",
+    "Corpus": "cache",
+    "TokenCache": "cache",
+    "split_documents": "cache",
+    "tokenize_to_cache": "cache",
+    "Batch": "batches",
+    "Batches": "batches",
+    "evaluation_windows": "batches",
+}
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Corpus",
+    "Source",
+    "TokenCache",
+    "evaluation_windows",
+    "open_source",
+    "split_documents",
+    "tokenize_to_cache",
+]
+
+if TYPE_CHECKING:
+    from zero2hero.data.batches import Batch, Batches, evaluation_windows
+    from zero2hero.data.cache import Corpus, TokenCache, split_documents, tokenize_to_cache
+    from zero2hero.data.sources import Source, open_source
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"zero2hero.data.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'zero2hero.data' has no attribute {name!r}")
