@@ -1,0 +1,232 @@
+"""A run is a value: frozen dataclasses, made from YAML and the command line, saved as run.yaml beside the weights.
+
+Field names are those that users of transformers, PEFT and TRL already know. What can be derived is derived; what
+remains has a default that works on a laptop. This module imports no torch, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from zero2hero.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder. Names are those of Hugging Face configurations.
+
+    `None` derives: as many key/value heads as heads, head_dim = hidden_size / heads, and a feed-forward of
+    4 D (plain) or 8/3 D rounded up to a multiple of 32 (gated; the same number of weights).
+    """
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    hidden_size: int = 192
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    max_position_embeddings: int = 256
+    position: str = "rotary"  # rotary, learned, sinusoidal, none
+    norm: str = "rmsnorm"  # rmsnorm, layernorm
+    norm_eps: float = 1e-5
+    feedforward: str = "swiglu"  # swiglu, or the plain form's activation: relu2, gelu, gelu_new, relu, silu
+    qk_norm: bool = False
+    attention_bias: bool = False  # on q, k, v
+    output_bias: bool = False  # on the attention's output projection
+    mlp_bias: bool = False
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = True
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    model_type: str | None = None  # the family that it was read from
+    extra: dict[str, Any] = field(default_factory=dict)  # fields read that do not change the mathematics
+
+    def __post_init__(self) -> None:
+        def derive(name: str, value: int) -> None:
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}: try num_attention_heads {nearest}, or set head_dim"
+            )
+        derive("num_key_value_heads", self.num_attention_heads)
+        derive("head_dim", self.hidden_size // self.num_attention_heads)
+        gated = self.feedforward == "swiglu"
+        derive("intermediate_size", -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.position == "rotary" and self.head_dim % 2:
+            raise UserError(f"rotary positions turn pairs of features: head_dim {self.head_dim} must be even")
+
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Weights that multiply each token, the head included: what a forward pass costs 2 FLOPs each for."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        matrices = 3 if self.feedforward == "swiglu" else 2
+        feedforward = matrices * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (attention + feedforward) + self.vocab_size * self.hidden_size
+
+    def training_flops_per_token(self, length: int) -> float:
+        """Forward and backward: 6 per matrix weight, and causal attention (Chowdhery et al. 2022, app. B).
+
+        A causal query sees length / 2 keys on average; products and their two gradients cost 6 times
+        2 * H * K * length / 2 a layer.
+        """
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * length
+        return 6.0 * self.num_matrix_parameters + attention
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: str = "bpe"  # bpe, char, or a directory or hub id whose tokenizer to use
+    vocab_size: int = 4096  # of a byte-pair tokenizer trained on the run's own text
+    pattern: str = "llama3"  # how text is split before merging: llama3, gpt2, qwen2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs needs
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 16  # rows of max_length tokens
+    gradient_accumulation_steps: int = 1
+    max_length: int = 256  # tokens per row
+    length_schedule: list[float] = field(default_factory=list)
+    """Start with short rows: [0.25, 0.25] trains the first 25 % of the steps at max_length / 4, the next 25 % at
+    max_length / 2, with as many tokens per step."""
+    optim: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
+    learning_rate: float = 6e-3
+    embedding_lr_scale: float = 1.0  # embeddings (and a tied head) learn at learning_rate times this
+    head_lr_scale: float = 0.5  # so does an untied head
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_scheduler_type: str = "warmup_stable_decay"  # linear, cosine, constant, warmup_stable_decay
+    warmup_steps: float = 0.02  # steps, or a share of all steps when below 1
+    decay_steps: float = 0.5  # of warmup_stable_decay: steps, or a share of all steps, of linear decay to zero
+    eval_steps: int = 0  # 0: ten times a run
+    save_steps: int = 0  # 0: at each evaluation
+    logging_steps: int = 10
+    sample_steps: int = 0  # 0: at each evaluation
+    early_stopping_patience: int = 0  # evaluations without a better loss before stopping; 0: never
+    keep_last: int = 2  # checkpoints kept
+    document_mask: bool = True  # packed documents do not see each other
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self,
+            1,
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "logging_steps",
+        )
+        _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
+                  "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate")  # fmt: skip
+        _one_of(self, "optim", OPTIMIZERS)
+        _one_of(self, "lr_scheduler_type", SCHEDULES)
+        if self.max_steps == 0 and self.num_train_epochs <= 0:
+            raise UserError("set train.max_steps, or train.num_train_epochs above 0")
+        if any(not 0 < share < 1 for share in self.length_schedule) or sum(self.length_schedule) >= 1:
+            raise UserError("train.length_schedule lists shares of the run, each in (0, 1), less than 1 in all")
+        if self.max_length % 2 ** len(self.length_schedule):
+            raise UserError(
+                f"train.max_length {self.max_length} cannot be halved {len(self.length_schedule)} times, "
+                "as train.length_schedule asks"
+            )
+
+
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("linear", "cosine", "constant", "warmup_stable_decay")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`zero2hero pretrain`: raw text in, a language model out."""
+
+    data: str | list[str] = "stories"
+    """Text to learn from: a .txt, .jsonl, .csv or .parquet file (also .gz), a folder, a hub data set, or the
+    built-in stories, sums, pydoc; a list mixes several."""
+    output_dir: str = "runs/pretrain"
+    text_column: str | None = None  # of a table; found by itself when there is one candidate
+    on_bad_record: str = "raise"  # or skip
+    validation_fraction: float = 0.05  # of the documents, kept out of training
+    resume: bool = False
+    precision: str = "auto"  # fp32, bf16 (fp32 master weights), auto: bf16 where this machine is faster with it
+    device: str = "auto"  # cpu, cuda, mps
+    prompts: list[str] = field(default_factory=list)
+    """Samples are written from these as training goes on; by default from held-out documents."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "precision", PRECISIONS)
+        _one_of(self, "on_bad_record", ("raise", "skip"))
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(
+                f"validation_fraction is a share of the documents in (0, 1), not {self.validation_fraction}"
+            )
+        longest = self.model.max_position_embeddings
+        if self.train.max_length > longest:
+            object.__setattr__(
+                self, "model", dataclasses.replace(self.model, max_position_embeddings=self.train.max_length)
+            )
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least or math.isinf(value):
+            raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in known:
+        raise UserError(f"{name} is one of {', '.join(known)}, not {value!r}.{did_you_mean(str(value), known)}")
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML, to be read back by `--config`."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """`name: before -> after` for every field that differs, nested names joined by dots."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

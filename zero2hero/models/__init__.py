@@ -1,0 +1,9 @@
+"""Floor 2, the wholes: models assembled from the parts of floor 1, loaded from and saved as Hugging Face files."""
+
+from __future__ import annotations
+
+from zero2hero.config import DecoderConfig
+from zero2hero.models.checkpoint import from_pretrained, save_pretrained
+from zero2hero.models.decoder import Decoder, init_weights
+
+__all__ = ["Decoder", "DecoderConfig", "from_pretrained", "init_weights", "save_pretrained"]

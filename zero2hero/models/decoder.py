@@ -1,0 +1,195 @@
+"""The decoder-only Transformer: GPT-2, Llama or Qwen3, by its configuration.
+
+One block, repeated: normalize, attend, add; normalize, feed forward, add. The families differ in four
+choices only, each a field of `DecoderConfig`:
+
+              positions   normalization   feed-forward   extras
+    GPT-2     learned     LayerNorm       GELU           biases everywhere
+    Llama     rotary      RMSNorm         SwiGLU         grouped-query attention
+    Qwen3     rotary      RMSNorm         SwiGLU         QK-norm
+    Arcee     rotary      RMSNorm         ReLU²
+
+The model returns hidden states, and logits when asked. It knows no loss, no device, no precision policy
+and no data set: those are functions around it. Papers: Radford et al. 2019 (GPT-2); Touvron et al. 2023,
+arXiv 2302.13971 (Llama); Yang et al. 2025, arXiv 2505.09388 (Qwen3).
+
+B batch, T time, D width, H heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zero2hero.config import DecoderConfig
+from zero2hero.errors import UserError
+from zero2hero.nn.attention import Attention
+from zero2hero.nn.feedforward import FeedForward
+from zero2hero.nn.kv_cache import KVCache
+from zero2hero.nn.masks import Mask, causal_mask, make_mask
+from zero2hero.nn.norms import make_norm
+from zero2hero.nn.positions import Rotary, sinusoidal_table
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x))."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
+        self.self_attn = Attention(
+            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+            bias=c.attention_bias, output_bias=c.output_bias,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None, dropout=c.dropout,
+        )  # fmt: skip
+        self.post_attention_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
+        self.mlp = FeedForward(c.hidden_size, c.intermediate_size, c.feedforward, c.mlp_bias)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, mask: Mask, rotation, cache: KVCache | None, layer: int, slots) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), mask, rotation, cache, layer, slots))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """`hidden = model(ids)`, `logits = model.logits(hidden)`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        if c.position == "learned":
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        elif c.position == "sinusoidal":
+            table = sinusoidal_table(c.max_position_embeddings, c.hidden_size)
+            self.register_buffer("position_table", table, persistent=False)
+        elif c.position == "rotary":
+            self.rotary = Rotary(c.head_dim, c.rope_theta, c.max_position_embeddings)
+        self.dropout = nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = make_norm(c.norm, c.hidden_size, c.norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the last norm.
+
+        Args:
+            ids_BT: token ids.
+            positions: [B, T] position of each token; by default 0, 1, 2, ... (after what the cache holds).
+            document_ids: [B, T] for packed rows: tokens of different documents do not see each other.
+            cache: keys and values of earlier tokens; this call's are added to it.
+
+        Raises:
+            UserError: a position beyond `max_position_embeddings` of a learned or sinusoidal table.
+        """
+        past = cache.end if cache is not None else 0
+        B, T = ids_BT.shape
+        plain = positions is None
+        if positions is None:
+            positions = torch.arange(past, past + T, device=ids_BT.device)[None]
+        mask, slots = self._mask_and_slots(positions, plain, document_ids, cache, T, past)
+        x = self.dropout(self._embed(ids_BT, positions, past + T))
+        rotation = self.rotary(positions, x.dtype) if self.config.position == "rotary" else None
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, rotation, cache, i, slots)
+        return self.norm(x)
+
+    def reset_buffers(self) -> None:
+        """Make the constant tables anew (after the weights were put in place of a meta device's), re-tie the head."""
+        c = self.config
+        if c.position == "rotary":
+            self.rotary.table = self.rotary.table.new_empty(0, device="cpu", dtype=torch.float32)
+            self.rotary.grow(c.max_position_embeddings)
+        elif c.position == "sinusoidal":
+            self.position_table = sinusoidal_table(c.max_position_embeddings, c.hidden_size)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return self.lm_head(hidden)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] that turns hidden states into logits, for losses that never build all logits."""
+        return self.lm_head.weight
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, like this model's weights."""
+        c, like = self.config, self.embed_tokens.weight
+        return KVCache(
+            c.num_hidden_layers,
+            batch_size,
+            c.num_key_value_heads,
+            max_length,
+            c.head_dim,
+            like.dtype,
+            like.device,
+        )
+
+    def _embed(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
+        x = F.embedding(ids_BT, self.embed_tokens.weight)
+        if self.config.position in ("learned", "sinusoidal"):
+            longest = self.config.max_position_embeddings
+            if end > longest and int(positions.max()) >= longest:
+                raise UserError(f"position {int(positions.max())} is past this model's last, {longest - 1}")
+            learned = self.config.position == "learned"
+            table = self.embed_positions.weight if learned else self.position_table
+            x = x + F.embedding(positions, table).to(x.dtype)
+        elif self.config.position == "rotary" and end > self.rotary.table.shape[1]:
+            self.rotary.grow(max(end, int(positions.max()) + 1))
+        return x
+
+    def _mask_and_slots(self, positions: Tensor, plain: bool, document_ids, cache: KVCache | None, T: int, past: int):
+        window = self.config.sliding_window
+        if cache is None:
+            if document_ids is None and plain and (window is None or window >= T):
+                return causal_mask(T, positions.device), None
+            order = torch.arange(T, device=positions.device)[None]
+            # inside a packed row the order of the tokens is also the order of each document's positions
+            mask = make_mask(
+                order, order, window=window, query_documents_BT=document_ids, key_documents_BS=document_ids
+            )
+            return mask, None
+        if document_ids is not None:
+            raise ValueError("a cache holds one document per row; document_ids are for packed training")
+        end = past + T if plain else int(positions.max()) + 1
+        if end > cache.max_length:
+            raise UserError(f"the cache holds {cache.max_length} tokens and {end} are needed")
+        cache.end = max(cache.end, end)
+        slots = slice(past, past + T) if plain else positions
+        if plain and T == 1 and (window is None or window >= end):
+            return Mask(None), slots
+        if plain and past == 0 and (window is None or window >= T):
+            return causal_mask(T, positions.device), slots
+        keys = torch.arange(cache.end, device=positions.device)[None]
+        return make_mask(positions, keys, window=window), slots
+
+
+def init_weights(model: Decoder, seed: int = 0) -> None:
+    """Every initial weight of a decoder, from one seed.
+
+    Embeddings and input projections are Gaussian; biases are zero, norms one. The projections that write
+    into the residual stream start at zero, so that each block starts as the identity and depth is learned
+    (Zhang et al. 2019, "Fixup", arXiv 1901.09321; Yang et al. 2022, arXiv 2203.03466).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) or name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                parameter.copy_(values)

@@ -1,0 +1,38 @@
+"""One table per family of the ecosystem: how its files spell configurations and tensors (see base.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zero2hero.config import DecoderConfig
+from zero2hero.errors import UserError
+from zero2hero.models.families.base import Family, Rule, unknown_family
+from zero2hero.models.families.gpt2 import GPT2
+from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2)}
+
+__all__ = ["FAMILIES", "Family", "Rule", "family_of_config", "family_to_write"]
+
+
+def family_of_config(theirs: dict[str, Any]) -> Family:
+    """The table for the contents of a config.json."""
+    model_type = theirs.get("model_type")
+    if model_type not in FAMILIES:
+        raise unknown_family(model_type, list(FAMILIES))
+    return FAMILIES[model_type]
+
+
+def family_to_write(config: DecoderConfig) -> Family:
+    """The family under which this model is written: the one it was read from, else the first that fits."""
+    candidates = [FAMILIES[config.model_type]] if config.model_type in FAMILIES else []
+    for family in [*candidates, *FAMILIES.values()]:
+        if family.can_write(config):
+            return family
+    raise UserError(
+        "no published architecture has this combination, so no other program could open the model: "
+        f"position {config.position}, norm {config.norm}, feedforward {config.feedforward}, qk_norm {config.qk_norm}, "
+        f"sliding_window {config.sliding_window}. Combinations that have one: rotary + rmsnorm + swiglu (Llama; "
+        "with qk_norm Qwen3; with sliding_window Mistral), rotary + rmsnorm + relu2 (Arcee), "
+        "learned + layernorm + gelu_new with all biases (GPT-2)."
+    )

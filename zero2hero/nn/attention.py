@@ -1,0 +1,108 @@
+"""Attention: each token gathers what it needs from the tokens it may see.
+
+Scaled dot-product and multi-head attention (Vaswani et al. 2017, arXiv 1706.03762): softmax(q k^T / sqrt(K)) v
+in H heads side by side. Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): G < H heads of keys
+and values, each shared by H / G query heads, so that the cache shrinks by that factor. QK-norm (Henry et al.
+2020, arXiv 2010.04245; Qwen3): an RMSNorm on each query and key head before the rotation keeps the logits tame.
+
+Two ways to compute it. The fused kernel (FlashAttention, Dao et al. 2022, arXiv 2205.14135) never stores the
+[T, S] weights: right for GPUs, long contexts, and fp32 on CPUs. The explicit one (two batched products
+and a softmax) is faster on CPUs in bf16 for short contexts, where the weights fit in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zero2hero.nn.kv_cache import KVCache
+from zero2hero.nn.linear import joint_linear
+from zero2hero.nn.masks import Mask
+from zero2hero.nn.norms import RMSNorm
+from zero2hero.nn.positions import rotate
+
+
+def use_explicit(q_BHTK: Tensor) -> bool:
+    """Whether the explicit form is the faster one here (measured in bench/attention.py)."""
+    return q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and 1 < q_BHTK.shape[2] <= 512
+
+
+def explicit_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask, scale: float) -> Tensor:
+    """softmax(q k^T * scale + bias) v with plain products. All [B, H, T, K] -> [B, H, T, K]."""
+    B, H, T, K = q_BHTK.shape
+    S = k_BHSK.shape[2]
+    q, k, v = (x.reshape(B * H, -1, K) for x in (q_BHTK, k_BHSK, v_BHSK))
+    if mask.allowed is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        bias = mask.bias(q.dtype)[:, None].expand(B, H, T, S).reshape(B * H, T, S)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
+
+
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attention of queries over keys and values, by whichever form is faster. -> [B, H, T, K].
+
+    Keys and values may have fewer heads than queries (grouped-query attention).
+    """
+    repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
+    if use_explicit(q_BHTK) and not dropout:
+        if repeats > 1:
+            k_BGSK, v_BGSK = (x.repeat_interleave(repeats, 1) for x in (k_BGSK, v_BGSK))
+        return explicit_attention(q_BHTK, k_BGSK, v_BGSK, mask, scale)
+    allowed = None if mask.causal or mask.allowed is None else mask.allowed[:, None]
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=allowed, is_causal=mask.causal, scale=scale,
+        dropout_p=dropout, enable_gqa=repeats > 1,
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Self-attention of one block: x [B, T, D] -> [B, T, D]."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.scale, self.dropout = head_dim, head_dim**-0.5, dropout
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=output_bias)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps)
+        self.qk_norm = qk_norm_eps is not None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        slots: slice | Tensor | None = None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            assert slots is not None
+            k, v = cache.update(layer, k, v, slots)
+        y = attend(q.transpose(1, 2), k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

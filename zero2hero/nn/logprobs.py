@@ -1,0 +1,140 @@
+"""The log-probability of each token, without ever holding all the logits.
+
+For N tokens and a vocabulary of V the logits are N x V numbers: at a 128k vocabulary a batch of 4,096 tokens is 2 GB in
+fp32, several times over with their gradient. Every training loss and every evaluation of the road needs only one
+number of each row: the target's logit minus the logarithm of the row's sum. So the product with the head runs over
+chunks of tokens and each chunk is thrown away (Wijmans et al. 2024, "Cut your losses", arXiv 2411.09009).
+Positions without a target are dropped before the product. Logarithms and sums are in fp32 whatever the weights are.
+
+Two ways back:
+  token_logprobs  any gradient per token (DPO, PPO, GRPO); its backward pass makes each chunk again.
+  nll_sum         the summed negative log-likelihood (pretraining, SFT), whose gradient is known before it is asked for:
+                  the forward pass makes it from the chunk at hand, three products in all instead of four.
+
+N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a position that has none
+
+
+def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of tokens whose fp32 logits take about 8 MB: what stays in a core's cache."""
+    size = max(64, (2 << 20) // vocab_size)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _scores(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk's fp32 logits [n, V], their log-sum-exp [n], and the targets' log-probabilities [n]."""
+    logits = (hidden @ weight.t()).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    normalizer = logits.logsumexp(-1)
+    return logits, normalizer, logits.gather(-1, targets[:, None])[:, 0] - normalizer
+
+
+def _probabilities_minus_target(logits: Tensor, normalizer: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the negative log-likelihood with respect to the logits, in the logits' own memory."""
+    gradient = logits.sub_(normalizer[:, None]).exp_()
+    return gradient.scatter_add_(-1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
+        for c in _chunks(len(targets), len(weight)):
+            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[2]
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for c in _chunks(len(targets), len(weight)):
+            logits, normalizer, _ = _scores(hidden[c], weight, targets[c], ctx.temperature)
+            gradient = _probabilities_minus_target(logits, normalizer, targets[c])
+            gradient = gradient.mul_(-grad[c, None] / ctx.temperature).to(weight.dtype)
+            grad_hidden[c] = gradient @ weight
+            _accumulate(grad_weight, gradient, hidden[c])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+class _NLLSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for c in _chunks(len(targets), len(weight)):
+            logits, normalizer, logprobs = _scores(hidden[c], weight, targets[c], 1.0)
+            total -= logprobs.sum()
+            gradient = _probabilities_minus_target(logits, normalizer, targets[c]).to(weight.dtype)
+            torch.mm(gradient, weight, out=grad_hidden[c])
+            _accumulate(grad_weight, gradient, hidden[c])
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, *grad_weight = ctx.saved_tensors
+        scaled = [g * grad.to(g.dtype) if float(grad) != 1.0 else g for g in (grad_hidden, *grad_weight)]
+        return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None
+
+
+def _accumulate(grad_weight: Tensor | None, gradient: Tensor, hidden: Tensor) -> None:
+    """grad_weight += gradient^T hidden, summed over chunks in fp32."""
+    if grad_weight is None:
+        return
+    if gradient.dtype == torch.float32:
+        grad_weight.addmm_(gradient.t(), hidden)
+    else:
+        grad_weight += gradient.t() @ hidden
+
+
+def _with_targets(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flatten to [N, D] and [N] and keep the positions that have a target; the third is which, or None for all."""
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    keep = targets != IGNORE
+    if bool(keep.all()):
+        return hidden, targets, None
+    return hidden[keep], targets[keep], keep
+
+
+def token_logprobs(hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log p(target) in nats at each position; 0 where the target is -100. fp32, of the targets' shape.
+
+    Args:
+        hidden: [..., D] hidden states; position t's predict targets[t].
+        weight_VD: the head's matrix.
+        targets: [...] token ids, -100 for none.
+        temperature: divides the logits first, as sampling does.
+    """
+    kept_hidden, kept_targets, keep = _with_targets(hidden, targets)
+    logprobs = _TokenLogprobs.apply(kept_hidden, weight_VD, kept_targets, temperature)
+    if keep is None:
+        return logprobs.view(targets.shape)
+    flat = logprobs.new_zeros(targets.numel())
+    return flat.masked_scatter(keep, logprobs).view(targets.shape)
+
+
+def nll_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed negative log-likelihood in nats, and how many targets it sums over. Both scalars.
+
+    Equal to `-token_logprobs(...).sum()`, a quarter cheaper to train with.
+    """
+    hidden, targets, _ = _with_targets(hidden, targets)
+    count = torch.tensor(float(len(targets)), device=targets.device)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad):
+        return _NLLSum.apply(hidden, weight_VD, targets), count
+    return -_TokenLogprobs.apply(hidden, weight_VD, targets, 1.0).sum(), count

@@ -1,0 +1,57 @@
+"""Who may look at whom.
+
+One rule serves training, packing and cached decoding: a query sees a key when the key is not later
+(causal), not farther back than the window (sliding), and in the same document (packed training).
+Padding needs no rule of its own: it lies at later positions, or in a document of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mask:
+    """`allowed` [B or 1, T, S] bool: True where a query sees a key. `None` everywhere: all may see all.
+
+    `causal` says that the rule is the plain triangle over a square [T, T], which fused kernels know.
+    """
+
+    allowed: Tensor | None
+    causal: bool = False
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """The additive form: 0 where allowed, minus infinity elsewhere."""
+        assert self.allowed is not None
+        bias = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+        return bias.masked_fill_(~self.allowed, float("-inf"))
+
+
+def make_mask(
+    query_positions_BT: Tensor,
+    key_positions_BS: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    query_documents_BT: Tensor | None = None,
+    key_documents_BS: Tensor | None = None,
+) -> Mask:
+    """The mask for positions (and documents, when rows are packed). Shapes may have B = 1."""
+    distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        allowed &= distance < window
+        if not causal:
+            allowed &= distance > -window
+    if query_documents_BT is not None and key_documents_BS is not None:
+        allowed = allowed & (query_documents_BT[:, :, None] == key_documents_BS[:, None, :])
+    return Mask(allowed)
+
+
+def causal_mask(length: int, device: torch.device) -> Mask:
+    """The plain triangle for rows that each hold one document from position 0."""
+    allowed = torch.ones(1, length, length, dtype=torch.bool, device=device).tril_()
+    return Mask(allowed, causal=True)

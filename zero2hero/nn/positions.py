@@ -1,0 +1,82 @@
+"""Where a token stands: learned, sinusoidal and rotary positions.
+
+Learned (GPT-2): a vector per position, added to the embedding. Sinusoidal (Vaswani et al. 2017, arXiv
+1706.03762): the same from sines and cosines, nothing to learn. Rotary (Su et al. 2021, arXiv 2104.09864;
+Llama, Qwen): rotate each pair of a query's and a key's features by an angle proportional to the position, so
+that their product depends on the distance alone. Pairs are (i, i + K/2), the Hugging Face convention.
+
+Angles are made in fp32: in bf16 position 257 would be rounded to 256.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoidal_table(length: int, width: int) -> Tensor:
+    """[length, width]: sines in the even columns, cosines in the odd ones."""
+    position = torch.arange(length, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
+    table = torch.empty(length, width)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency[: width // 2])
+    return table
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of the rotation angles: positions [B, T] -> (cos, sin), each [B, T, 1, K/2].
+
+    The table is a constant made from `theta`; it grows when a longer position is asked for.
+    """
+
+    table: Tensor
+
+    def __init__(self, head_dim: int, theta: float, length: int) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("table", torch.empty(0), persistent=False)
+        self.grow(length)
+
+    def grow(self, length: int) -> None:
+        frequency = self.theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
+        angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+        table = torch.stack([angle.cos(), angle.sin()])  # [2, length, K/2]
+        self.table = table.to(self.table.device)
+
+    def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.table.dtype != torch.float32:  # a model cast to bf16 keeps exact angles
+            self.grow(self.table.shape[1])
+        cos, sin = self.table[:, positions_BT].to(dtype).unsqueeze(-2).unbind(0)
+        return cos, sin
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation of every pair (x1, x2); its gradient is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(x1, cos, out=out1)
+    out1.addcmul_(x2, sin, value=-direction)
+    torch.mul(x2, cos, out=out2)
+    out2.addcmul_(x1, sin, value=direction)
+    return out
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys [B, T, H, K] by the angles of `Rotary`."""
+    return _Rotate.apply(x_BTHK, cos, sin)
