@@ -1,0 +1,295 @@
+"""The one loop that trains everything on the road.
+
+    for each step:   gather its micro-batches            data(step)
+                     add up gradients of their sums      objective(model, batch).sum.backward()
+                     divide once, by the step's weight   so 8 x 1, 4 x 2 and 1 x 8 are the same step
+                     clip, update                        fp32 master weights
+    now and then:    log, evaluate, sample, save
+
+What is trained, and on what, comes from outside as functions: `objective` (what to minimize), `data` (a pure function
+of the step, so resuming needs one integer), `evaluate`, `sample`. Ctrl-C or SIGTERM finishes the step, saves, and
+stops; `--resume` goes on from there as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero2hero.config import TrainConfig
+from zero2hero.errors import UserError
+from zero2hero.progress import TrainingProgress
+from zero2hero.train.checkpoint import folder_of, load_checkpoint, newest_checkpoint, remove_old, save_checkpoint
+from zero2hero.train.objectives import Objective
+from zero2hero.train.optim import make_optimizers
+from zero2hero.train.precision import MasterWeights
+from zero2hero.train.schedule import learning_rate_factor
+from zero2hero.train.tracking import Tracker
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it saved first. `signal_number`: SIGINT or SIGTERM."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
+@dataclass
+class State:
+    """What changes as a run goes on, beside weights and moments; all of it is in a checkpoint."""
+
+    step: int = 0
+    num_tokens: int = 0
+    best_eval_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+
+@dataclass
+class _Window:
+    """Sums since the last log line."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        model: hidden states and logits; already on its device.
+        objective: what to minimize.
+        data: step -> the micro-batches of that step, each with `ids_BT` (torch, on the model's device).
+        config: the loop's settings.
+        total_steps: optimizer steps in all.
+        output_dir: checkpoints go below it.
+        dtype: of the model's computation; master weights are fp32.
+        evaluate: () -> metrics, `eval_loss` among them.
+        sample: step -> None, writes samples somewhere.
+        tracker, progress: where numbers go; None: nowhere.
+        flops_per_token, peak_flops: for the share of the machine's peak that is shown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        data: Callable[[int], list[Any]],
+        config: TrainConfig,
+        total_steps: int,
+        output_dir: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        sample: Callable[[int], None] | None = None,
+        tracker: Tracker | None = None,
+        progress: TrainingProgress | None = None,
+        flops_per_token: Callable[[int], float] | None = None,
+        peak_flops: float = 0.0,
+    ) -> None:
+        self.model, self.objective, self.data, self.config = model, objective, data, config
+        self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
+        self.masters = MasterWeights(model, dtype)
+        self.optimizers = make_optimizers(self.masters.parameters, config)
+        self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.state = State()
+        self.metrics: dict[str, float] = {}
+        self._window = _Window()
+        self._asked_to_stop: int | None = None
+        tenth = max(1, math.ceil(total_steps / 10))
+        self.eval_steps = config.eval_steps or tenth
+        self.save_steps = config.save_steps or self.eval_steps
+        self.sample_steps = config.sample_steps or self.eval_steps
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Run to the end (or to early stopping) and return the last metrics.
+
+        Raises:
+            Stopped: asked to stop by a signal; a checkpoint was saved.
+            UserError: the loss is not finite; the last checkpoint is intact.
+        """
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        try:
+            if self.state.step == 0 and self.sample:
+                self._outside_training(lambda: self.sample(0))  # type: ignore[misc]
+            while self.state.step < self.total_steps:
+                started = time.perf_counter()
+                self.step()
+                self._window.seconds += time.perf_counter() - started
+                step, last = self.state.step, self.state.step == self.total_steps
+                if step % self.config.logging_steps == 0 or last or step == 1:
+                    self._log()
+                if self.evaluate and (step % self.eval_steps == 0 or last):
+                    self._evaluate()
+                if self.sample and (step % self.sample_steps == 0 or last):
+                    self._outside_training(lambda: self.sample(self.state.step))  # type: ignore[misc]
+                if self.output_dir and (step % self.save_steps == 0 or last or self._asked_to_stop):
+                    self.save()
+                if self._asked_to_stop is not None:
+                    raise Stopped(self._asked_to_stop)
+                if self._out_of_patience():
+                    break
+            if self.config.early_stopping_patience and self.evaluate:
+                self._restore_best()
+            return self.metrics
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.model.train()
+        batches = self.data(self.state.step)
+        self.masters.zero_grad()
+        total, weight = 0.0, 0.0
+        for batch in batches:
+            loss = self.objective(self.model, batch)
+            loss.sum.backward()
+            total += float(loss.sum.detach())
+            weight += float(loss.weight)
+            self._window.tokens += batch.ids_BT.numel()
+            for name, value in loss.metrics.items():
+                self._window.metrics[name] = self._window.metrics.get(name, 0.0) + float(value)
+        if weight == 0:
+            raise UserError(
+                f"step {self.state.step + 1}: no token of the batch has a target, so nothing can be learned"
+            )
+        gradients = self.masters.gradients
+        torch._foreach_mul_(gradients, 1.0 / weight)
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            self._not_finite(total / weight, norm)
+        if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+            torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
+        self._set_learning_rate()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.masters.publish()
+        self.state.step += 1
+        self.state.num_tokens += int(weight)
+        self._window.loss += total
+        self._window.weight += weight
+        self.metrics["grad_norm"] = norm
+
+    def _set_learning_rate(self) -> None:
+        c = self.config
+        factor = learning_rate_factor(
+            self.state.step, self.total_steps, c.lr_scheduler_type, c.warmup_steps, c.decay_steps
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        self.metrics["learning_rate"] = c.learning_rate * factor
+
+    def _log(self) -> None:
+        w, self._window = self._window, _Window()
+        speed = w.tokens / max(w.seconds, 1e-9)
+        self.metrics["loss"] = w.loss / w.weight
+        self.metrics |= {name: value / w.weight for name, value in w.metrics.items()}
+        self.metrics |= {"tokens_per_second": speed, "num_tokens": self.state.num_tokens}
+        if self.flops_per_token and self.peak_flops:
+            self.metrics["peak_share"] = speed * self.flops_per_token(self.state.step - 1) / self.peak_flops
+        if self.tracker:
+            self.tracker.log(self.state.step, {k: v for k, v in self.metrics.items() if not k.startswith("eval_")})
+        if self.progress:
+            self.progress.update(
+                self.state.step,
+                loss=self.metrics["loss"],
+                tokens_per_second=speed,
+                peak_share=self.metrics.get("peak_share"),
+            )
+
+    # --- now and then ---------------------------------------------------------------------------------------
+
+    def _outside_training(self, work: Callable[[], Any]) -> Any:
+        """Run in evaluation mode without gradients; the random state of training is not touched."""
+        self.model.eval()
+        random_state = torch.get_rng_state()
+        try:
+            with torch.no_grad():
+                return work()
+        finally:
+            torch.set_rng_state(random_state)
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        found = self._outside_training(self.evaluate)
+        self.metrics |= found
+        loss, state = found["eval_loss"], self.state
+        if loss < state.best_eval_loss:
+            state.best_eval_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+            if self.config.early_stopping_patience and self.output_dir:
+                self._save_to(self.output_dir / "checkpoints" / "best")
+        else:
+            state.evaluations_without_gain += 1
+        if self.tracker:
+            self.tracker.log(state.step, found)
+        if self.progress:
+            self.progress.print(
+                f"step {state.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.2f}"
+            )
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.state.evaluations_without_gain >= patience
+
+    def _restore_best(self) -> None:
+        if self.output_dir and self.state.best_step not in (0, self.state.step):
+            load_checkpoint(self.output_dir / "checkpoints" / "best", self.masters.parameters, self.optimizers)
+            self.masters.publish()
+            self.metrics["eval_loss"] = self.state.best_eval_loss
+            if self.progress:
+                self.progress.print(f"the weights of step {self.state.best_step}, the best held-out loss, are kept")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and delete the oldest."""
+        assert self.output_dir is not None
+        self._save_to(folder_of(self.output_dir, self.state.step))
+        remove_old(self.output_dir, self.config.keep_last)
+
+    def _save_to(self, folder: Path) -> None:
+        save_checkpoint(folder, self.masters.parameters, self.optimizers, vars(self.state))
+
+    def resume(self) -> int:
+        """Take up the newest whole checkpoint; returns its step, 0 when there is none."""
+        folder = newest_checkpoint(self.output_dir) if self.output_dir else None
+        if folder is not None:
+            saved = load_checkpoint(folder, self.masters.parameters, self.optimizers)
+            self.masters.publish()
+            self.state = State(**saved)
+        return self.state.step
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self._asked_to_stop is not None:  # asked twice: now
+            raise KeyboardInterrupt
+        self._asked_to_stop = number
+        if self.progress:
+            self.progress.print("stopping after this step; the run is saved and --resume continues it")
+
+    def _not_finite(self, loss: float, norm: float) -> None:
+        kept = newest_checkpoint(self.output_dir) if self.output_dir else None
+        where = f" The checkpoint {kept.name} is intact." if kept else ""
+        raise UserError(
+            f"step {self.state.step + 1}: the loss is {loss} and its gradient norm {norm}; nothing was updated.{where} "
+            "Try a smaller --train.learning_rate, a longer --train.warmup_steps, or --precision fp32."
+        )
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

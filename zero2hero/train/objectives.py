@@ -1,0 +1,39 @@
+"""What training minimizes. An objective returns a sum and a weight; the loop divides once.
+
+The mean over a batch is not the mean of its parts' means when the parts are unequal (ragged rows, masked turns).
+So no objective averages: it returns `Loss(sum, weight)`, and the loop divides the step's gradient once, by the weight
+of all its micro-batches on all its ranks. Then 8 x 1, 4 x 2 and 1 x 8 are the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from zero2hero.nn.logprobs import nll_sum
+
+
+@dataclass
+class Loss:
+    """`sum` carries the gradient; `sum / weight` is the loss that people read. `metrics` are sums as well."""
+
+    sum: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+Objective = Callable[[nn.Module, Any], Loss]
+
+
+def causal_lm(model: nn.Module, batch: Any) -> Loss:
+    """Predict each next token (Bengio et al. 2003; Radford et al. 2018): the negative log-likelihood in nats.
+
+    `batch`: ids_BT, targets_BT (-100 for none), positions_BT, document_ids_BT (or None: one document a row).
+    """
+    positions = batch.positions_BT if batch.document_ids_BT is not None else None
+    hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
+    total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
+    return Loss(total, count)

@@ -1,0 +1,231 @@
+"""The curves of a run: functions from its metrics to a matplotlib figure, one per picture.
+
+`FIGURES` names them all; a stage with curves of its own adds a function there. matplotlib is imported late,
+without a window system and without its global state (`Figure`, not pyplot).
+
+Losses are in nats per token. Two dashed lines say what they mean: ln V is the loss of guessing all tokens
+with equal probability, the n-gram line that of counting on the same text. Colours are those of Okabe & Ito
+(2008), told apart by people with any colour vision; a line is labelled where it ends, not in a legend.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zero2hero.progress import human_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+Floats = NDArray[np.float64]
+
+FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")  # first one found
+LABEL_GAP = 0.062  # between the centres of two labels, of the height of the axes
+
+
+@dataclass(frozen=True)
+class Theme:
+    background: str
+    ink: str  # text
+    quiet: str  # reference lines, axes
+    grid: str
+    train: str
+    evaluation: str
+    ngram: str
+
+
+LIGHT = Theme("#ffffff", "#1f2430", "#6b7280", "#e5e7eb", train="#0072b2", evaluation="#d55e00", ngram="#00805c")
+DARK = Theme("#171a21", "#e4e7ec", "#8d96a5", "#2b303a", train="#56b4e9", evaluation="#e69f00", ngram="#2fc79b")
+
+
+def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """Training and evaluation loss over tokens seen, the learning rate below; None without any loss."""
+    train_steps, train = _series(rows, "loss")
+    eval_steps, evaluation = _series(rows, "eval_loss")
+    rate_steps, rate = _series(rows, "learning_rate")
+    if not len(train) and not len(evaluation):
+        return None
+    from matplotlib.figure import Figure
+
+    tokens_per_step = _tokens_per_step(rows)
+    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    heights = [6, 1] if len(rate) else [1]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    axes, bottom = panels[0], panels[-1]
+    labels: list[tuple[float, str, str]] = []  # (loss, text, colour), at the right edge
+
+    for loss, text in _references(rows, config, max([*train[:1], *evaluation[:1]])):
+        colour = theme.ngram if "gram" in text else theme.quiet
+        axes.axhline(loss, color=colour, linewidth=1.2, linestyle=(0, (5, 4)))
+        labels.append((loss, text, colour))
+    if len(train):
+        smooth = smoothed(train)
+        axes.plot(train_steps * tokens_per_step, train, color=theme.train, alpha=0.3, linewidth=0.8)
+        axes.plot(train_steps * tokens_per_step, smooth, color=theme.train, linewidth=2)
+        labels.append((float(smooth[-1]), f"training  {smooth[-1]:#.4g}", theme.train))
+    if len(evaluation):
+        eval_x = eval_steps * tokens_per_step
+        axes.plot(eval_x, evaluation, color=theme.evaluation, linewidth=1, alpha=0.5)
+        axes.plot(eval_x, evaluation, "o", color=theme.evaluation, markeredgecolor=theme.background, clip_on=False)
+        labels.append((float(evaluation[-1]), f"held out  {evaluation[-1]:#.4g}", theme.evaluation))
+
+    last = max([*train_steps, *eval_steps, 1]) * tokens_per_step
+    axes.set_xlim(0, last)
+    _scale_loss(axes, train, [*evaluation, *(loss for loss, _, _ in labels)])
+    _label_ends(axes, labels)
+    _title(axes, "Loss, nats per token", theme)
+    if len(rate):
+        bottom.plot(rate_steps * tokens_per_step, rate, color=theme.quiet, linewidth=1.4)
+        _title(bottom, "Learning rate", theme)
+        bottom.set_ylim(bottom=0)
+        bottom.locator_params(axis="y", nbins=2)
+        bottom.yaxis.set_major_formatter("{x:g}")
+    bottom.set_xlabel("tokens seen" if tokens_per_step != 1 else "steps")
+    bottom.locator_params(axis="x", integer=True)
+    bottom.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    for panel in panels:
+        _dress(panel, theme)
+    if tokens_per_step != 1:
+        steps = axes.secondary_xaxis(
+            "top", functions=(lambda tokens: tokens / tokens_per_step, lambda steps: steps * tokens_per_step)
+        )
+        steps.set_xlabel("steps", color=theme.quiet, fontsize=9)
+        steps.tick_params(colors=theme.quiet, labelsize=9, length=3)
+        steps.spines["top"].set_visible(False)
+    return figure
+
+
+# file name in plots/ (without .png) -> function of (metrics, config.json, theme)
+FIGURES: dict[str, Callable[[Rows, Mapping[str, Any], Theme], Figure | None]] = {"loss": loss_figure}
+
+
+def draw(rows: Rows, config: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, bytes]:
+    """Every figure that these metrics allow, as PNG. Raises `ImportError` when matplotlib is missing."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    found = set(font_manager.fontManager.get_font_names())
+    style: Any = {
+        "font.family": [name for name in FONTS if name in found][:1] or ["sans-serif"],
+        "font.size": 10,
+        "figure.facecolor": theme.background,
+        "axes.facecolor": theme.background,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.quiet,
+        "xtick.color": theme.quiet,
+        "ytick.color": theme.quiet,
+    }
+    images = {}
+    with matplotlib.rc_context(style):
+        for name, function in FIGURES.items():
+            figure = function(rows, config, theme)
+            if figure is not None:
+                stream = io.BytesIO()
+                figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+                images[name] = stream.getvalue()
+    return images
+
+
+def smoothed(values: Floats, share: float = 0.02) -> Floats:
+    """A moving average over `share` of the points to either side, over fewer near the start.
+
+    The window is never wider to the left than to the right while it grows, so the steep first descent
+    keeps its shape and the curve does not lag behind.
+    """
+    at = np.arange(len(values))
+    reach = np.minimum(at, math.ceil(share * len(values)))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first, last = at - reach, np.minimum(at + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _series(rows: Rows, name: str) -> tuple[Floats, Floats]:
+    """(steps, values) of the rows that hold a finite number under `name`."""
+    kept = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    points = np.array(kept, dtype=np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]
+    return points[:, 0], points[:, 1]
+
+
+def _tokens_per_step(rows: Rows) -> float:
+    """The scale of the x axis; 1 (the axis shows steps) when tokens were not counted."""
+    steps, tokens = _series(rows, "num_tokens")
+    return float(tokens[-1] / steps[-1]) if len(steps) and steps[-1] > 0 and tokens[-1] > 0 else 1.0
+
+
+def _references(rows: Rows, config: Mapping[str, Any], first: float) -> list[tuple[float, str]]:
+    """(loss, label) of the dashed lines. A run that starts far below ln V (`first`) is spared that line."""
+    lines = []
+    vocabulary = config.get("vocab_size")
+    if vocabulary and first > 0.5 * math.log(vocabulary):
+        lines.append((math.log(vocabulary), f"uniform guess  ln {vocabulary} = {math.log(vocabulary):.2f}"))
+    _, ngram = _series(rows, "ngram_nll")
+    if len(ngram):
+        _, order = _series(rows, "ngram_order")
+        name = f"{order[-1]:.0f}-gram" if len(order) else "n-gram"
+        lines.append((float(ngram[-1]), f"{name}, same text  {ngram[-1]:#.4g}"))
+    return lines
+
+
+def _scale_loss(axes: Axes, train: Floats, must_show: Sequence[float]) -> None:
+    """A logarithmic loss axis, for the slow end matters as much as the fast start.
+
+    All that must be shown is, and the training loss but for a few spikes. Where losses are not positive (an
+    objective may be negative) the axis is linear.
+    """
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    shown = np.array([*must_show, *(np.percentile(train, [0.5, 99]) if len(train) else [])])
+    low, high = float(shown.min()), float(shown.max())
+    if low > 0:
+        axes.set_yscale("log")
+        low, high = low / (high / low + 0.1) ** 0.05, high * (high / low + 0.1) ** 0.04
+    else:
+        low, high = low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6
+    axes.set_ylim(low, high)
+    marks = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 12 * low else (1, 2, 5) if high < 300 * low else (1,)
+    ticks = [tick for power in range(-9, 9) for mark in marks if low <= (tick := mark * 10.0**power) <= high]
+    enough = axes.get_yscale() == "log" and len(ticks) >= 4
+    axes.yaxis.set_major_locator(FixedLocator(ticks) if enough else MaxNLocator(6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:.4g}")
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Write each (height, text, colour) to the right of the axes, moved up where it would overlap another."""
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    floor = -math.inf
+    for value, text, colour in sorted(labels):
+        floor = max(to_fraction.transform((0, value))[1], floor + LABEL_GAP)
+        axes.annotate(
+            text,
+            (1, floor),
+            xycoords="axes fraction",
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
+
+
+def _title(axes: Axes, text: str, theme: Theme) -> None:
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
+
+
+def _dress(axes: Axes, theme: Theme) -> None:
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.quiet)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)

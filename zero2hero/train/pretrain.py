@@ -1,0 +1,298 @@
+"""Pretraining, from raw text to a model directory: what `zero2hero pretrain` runs.
+
+    text  ->  tokenizer  ->  tokens on disk  ->  model  ->  the loop  ->  a Hugging Face directory and a report
+
+Each arrow is a function of its own elsewhere; this file only puts them in a row. The objective is the oldest of
+language modelling: predict the next token (Shannon 1948; Radford et al. 2018).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from zero2hero import machine
+from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, differences, to_yaml
+from zero2hero.data.batches import Batch, Batches, evaluation_windows
+from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
+from zero2hero.data.sources import Source, open_source
+from zero2hero.device import pick_device
+from zero2hero.errors import UserError
+from zero2hero.io import atomic_write
+from zero2hero.language_model import LanguageModel, save
+from zero2hero.models.decoder import Decoder, init_weights
+from zero2hero.models.families import family_to_write
+from zero2hero.models.ngram import NGram
+from zero2hero.nn.logprobs import nll_sum
+from zero2hero.progress import TrainingProgress, track
+from zero2hero.tokenizer import Tokenizer
+from zero2hero.train.loop import Trainer
+from zero2hero.train.objectives import causal_lm
+from zero2hero.train.report import write_report
+from zero2hero.train.tracking import Tracker, describe_machine
+
+TOKENIZER_CHARACTERS = 20_000_000  # of text to train a tokenizer on; more changes its merges no further
+NGRAM_ORDER = 3
+NGRAM_TOKENS = 3_000_000
+PROMPT_WORDS = 8
+
+
+def pretrain(config: PretrainConfig) -> LanguageModel:
+    """Train a model from scratch and leave it in `config.output_dir`.
+
+    Raises:
+        UserError: anything in the data or settings that a person can mend.
+        Stopped: asked to stop by a signal; `resume` continues.
+    """
+    device = pick_device(config.device)
+    dtype, peak = choose_precision(config.precision, device)
+    output_dir = Path(config.output_dir)
+    _check_directory(output_dir, config)
+    source = open_source(config.data, text_column=config.text_column, on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
+                         seed=config.train.seed)  # fmt: skip
+    tokenizer = get_tokenizer(config, source)
+    shape = fit_shape(config.model, tokenizer)
+    family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
+    cache = tokenize_to_cache(source, tokenizer)
+    training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
+    model = Decoder(shape)
+    init_weights(model, config.train.seed)
+    model.to(device)
+    total_steps, data = causal_data(training, config.train, device)
+    _start_directory(output_dir, config, tokenizer)
+    with TrainingProgress(total_steps) as progress:
+        evaluate = evaluation(model, held_out, config.train, device, tokenizer)
+        trainer = Trainer(
+            model, causal_lm, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
+            progress=progress, peak_flops=peak,
+            flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
+        )  # fmt: skip
+        resumed = trainer.resume() if config.resume else 0
+        lm = LanguageModel(model, tokenizer, shape)
+        with Tracker(output_dir, "tensorboard" in config.report_to, resumed or None,
+                     [name for name in config.report_to if name != "tensorboard"]) as tracker:  # fmt: skip
+            trainer.tracker = tracker
+            trainer.sample = sampler(lm, config, held_out, tracker, progress)
+            _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps)
+            if not resumed:
+                tracker.record(0, machine=describe_machine())
+                tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
+            trainer.train()
+    _save_result(lm, trainer, output_dir)
+    return lm
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, float]:
+    """The dtype to compute in, and this machine's measured matmul peak in it (FLOP/s; 0 when not measured)."""
+    if device.type != "cpu":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return (torch.bfloat16 if name == "bf16" or (name == "auto" and bf16) else torch.float32), 0.0
+    found = machine.prepare()
+    bf16 = name == "bf16" or (name == "auto" and found.bf16_pays)
+    return (torch.bfloat16, found.bf16_flops) if bf16 else (torch.float32, found.fp32_flops)
+
+
+def get_tokenizer(config: PretrainConfig, source: Source) -> Tokenizer:
+    """The tokenizer that the configuration names, or one trained on the run's own text.
+
+    On resume it is the one that the run started with.
+    """
+    c, saved = config.tokenizer, Path(config.output_dir) / "tokenizer.json"
+    if config.resume and saved.exists():
+        return Tokenizer.from_pretrained(config.output_dir)
+    if c.kind not in ("bpe", "char"):
+        return Tokenizer.from_pretrained(c.kind)
+    texts = track(_up_to(source, TOKENIZER_CHARACTERS), "reading text for the tokenizer")
+    return Tokenizer.train(texts, vocab_size=c.vocab_size, pattern=c.pattern, kind=c.kind)
+
+
+def _up_to(texts: Iterable[str], characters: int) -> Iterable[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters < 0:
+            return
+
+
+def fit_shape(shape: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
+    """The shape with the tokenizer's vocabulary and special tokens."""
+    if shape.vocab_size and shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {shape.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens; "
+            "leave it out to take the tokenizer's"
+        )
+    return dataclasses.replace(
+        shape,
+        vocab_size=shape.vocab_size or tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def causal_data(corpus: Corpus, config: TrainConfig, device: torch.device) -> tuple[int, Callable[[int], list[Batch]]]:
+    """(number of optimizer steps, step -> its micro-batches on `device`)."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    full = Batches(
+        corpus, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
+        seed=config.seed, document_mask=config.document_mask,
+    )  # fmt: skip
+    total = config.max_steps or math.ceil(config.num_train_epochs * full.windows_per_epoch / rows)
+    accumulation = config.gradient_accumulation_steps
+    phases: dict[int, Batches] = {}
+
+    def micro_batches(step: int) -> list[Batch]:
+        length, begin = _phase_of(config, total, step)
+        if length not in phases:
+            size = config.per_device_train_batch_size * config.max_length // length
+            phases[length] = full.with_length(length, size, start=begin * accumulation)
+        first = step * accumulation
+        return [_on_device(phases[length][first + i], device) for i in range(accumulation)]
+
+    return total, micro_batches
+
+
+def _phase_of(config: TrainConfig, total: int, step: int) -> tuple[int, int]:
+    """(row length, first step) of the phase of the length schedule that `step` lies in."""
+    begin, length = 0, config.max_length // 2 ** len(config.length_schedule)
+    for end in itertools.accumulate(config.length_schedule):
+        if step < round(end * total):
+            break
+        begin, length = round(end * total), length * 2
+    return length, begin
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    """As tensors; rows that hold one document each need no document mask."""
+    packed = batch.crosses_documents
+    moved = batch.to(device)
+    return moved if packed else dataclasses.replace(moved, document_ids_BT=None)
+
+
+# --- evaluation and samples ---------------------------------------------------------------------------------
+
+
+def evaluation(
+    model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device, tokenizer: Tokenizer
+) -> Callable[[], dict[str, float]] | None:
+    """() -> loss over the whole validation split, by the fixed protocol of `EvaluationWindows`."""
+    if not corpus.num_tokens:
+        return None
+    windows = evaluation_windows(corpus, config.max_length, 2 * config.per_device_train_batch_size)
+    text = (tokenizer.decode(corpus.document(i).tolist()) for i in range(corpus.num_documents))
+    num_bytes = sum(len(t.encode("utf-8", "replace")) for t in text)
+
+    def evaluate() -> dict[str, float]:
+        total, count = 0.0, 0.0
+        for rows in windows:
+            batch = _on_device(rows, device)
+            positions = batch.positions_BT if batch.document_ids_BT is not None else None
+            hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
+            nll, weight = nll_sum(hidden, model.head_weight, batch.targets_BT)
+            total, count = total + float(nll), count + float(weight)
+        loss = total / count
+        return {"eval_loss": loss, "eval_bits_per_byte": total / math.log(2) / max(1, num_bytes)}
+
+    return evaluate
+
+
+def ngram_baseline(training: Corpus, held_out: Corpus, vocab_size: int) -> dict[str, float]:
+    """What an n-gram model trained on the same text reaches: the line that a network must beat."""
+    if not held_out.num_tokens:
+        return {}
+    enough = int(training.spans[:, 1].searchsorted(training.spans[0, 0] + NGRAM_TOKENS)) + 1
+    spans = training.spans[:enough]
+    spans = spans.copy()
+    spans[:, 1] = spans[:, 1].clip(max=spans[:, 0] + NGRAM_TOKENS)
+    model = NGram(NGRAM_ORDER, vocab_size).fit(training.tokens, spans)
+    return {"ngram_nll": model.mean_nll(held_out.tokens, held_out.spans), "ngram_order": NGRAM_ORDER}
+
+
+def sampler(
+    lm: LanguageModel, config: PretrainConfig, held_out: Corpus, tracker: Tracker, progress: TrainingProgress
+) -> Callable[[int], None]:
+    """step -> let the model write from the run's prompts, for the record and for the person who watches."""
+    prompts = config.prompts or held_out_prompts(held_out, lm.tokenizer)
+
+    def sample(step: int) -> None:
+        texts = lm.generate(
+            prompts, max_new_tokens=min(120, config.train.max_length), temperature=0.7, top_p=0.95,
+            seed=config.train.seed, return_full_text=False,
+        )  # fmt: skip
+        tracker.samples(step, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])
+        progress.print(f"\nstep {step} writes:  {prompts[0]}{texts[0]}\n")
+
+    return sample
+
+
+def held_out_prompts(corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> list[str]:
+    """The first words of a few documents that training never sees."""
+    prompts = []
+    for i in range(min(count, corpus.num_documents)):
+        words = tokenizer.decode(corpus.document(i * corpus.num_documents // count).tolist()[:100]).split(" ")
+        prompts.append(" ".join(words[:PROMPT_WORDS]))
+    return [p for p in prompts if p.strip()] or ["The"]
+
+
+# --- the run's directory ------------------------------------------------------------------------------------
+
+
+def _check_directory(output_dir: Path, config: PretrainConfig) -> None:
+    """Refuse to overwrite a finished run in silence, and to resume with other settings."""
+    saved = output_dir / "run.yaml"
+    if not config.resume:
+        if (output_dir / "checkpoints").is_dir() and any((output_dir / "checkpoints").iterdir()):
+            raise UserError(
+                f"{output_dir} already holds a run. Add --resume to continue it, choose another --output_dir, "
+                f"or delete the folder."
+            )
+        return
+    if not saved.exists():
+        raise UserError(f"nothing to resume: {saved} does not exist. Start the run without --resume.")
+    import yaml
+
+    before, after = yaml.safe_load(saved.read_text()), dataclasses.asdict(config)
+    changed = [d for d in differences(before, after) if d.split(":")[0] not in ("resume", "output_dir", "report_to")]
+    if changed:
+        raise UserError(
+            "--resume continues a run with the settings it began with, but these have changed: "
+            + "; ".join(changed)
+            + f". Set them back, or start a new run in another --output_dir. ({saved})"  # fmt: skip
+        )
+
+
+def _start_directory(output_dir: Path, config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    atomic_write(output_dir / "run.yaml", to_yaml(dataclasses.replace(config, resume=False)))
+    tokenizer.save_pretrained(output_dir, model_max_length=config.model.max_position_embeddings)
+
+
+def _announce(progress, config, shape, training, held_out, dtype, resumed: int, total_steps: int) -> None:
+    from zero2hero.progress import human_count
+
+    weights = shape.num_matrix_parameters
+    words = f"resuming at step {resumed} of {total_steps}" if resumed else f"{total_steps} steps"
+    progress.print(
+        f"{human_count(training.num_tokens)} tokens to learn from, {human_count(held_out.num_tokens)} held out; "
+        f"vocabulary {shape.vocab_size}; {human_count(weights)} matrix weights; "
+        f"{str(dtype).removeprefix('torch.')}; {words}"
+    )
+
+
+def _save_result(lm: LanguageModel, trainer: Trainer, output_dir: Path) -> None:
+    """The model from its fp32 weights, the report, and no more checkpoints than the last."""
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if name in trainer.masters.parameters:
+                parameter.data = trainer.masters.parameters[name].detach()
+    save(lm, output_dir)
+    write_report(output_dir)
+    shutil.rmtree(output_dir / "checkpoints" / "best", ignore_errors=True)

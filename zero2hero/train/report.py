@@ -1,0 +1,259 @@
+"""report.html: one page that shows how a run went, to read, to keep and to send.
+
+It is a single file without scripts or outside resources, so it opens from a disk, from a mail or under a
+strict Content-Security-Policy, and says the same in ten years. Everything on it is read from the run's
+folder: metrics.jsonl (see `tracking`), run.yaml, config.json and the header of model.safetensors. Text that
+comes from the run is escaped: what a model writes is data, also when it looks like HTML.
+
+The page is a list of sections, each a function of the run. A later stage adds its own to `SECTIONS`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import string
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from zero2hero import __version__
+from zero2hero.errors import UserError
+from zero2hero.io import atomic_write
+from zero2hero.progress import human_count, visible
+from zero2hero.train import plots
+from zero2hero.train.tracking import read_metrics
+
+COLUMNS_OF_SAMPLES = 4  # steps shown side by side, from the first to the last
+SAMPLE_CHARACTERS = 1500  # of each sample
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says about it."""
+
+    path: Path
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    settings: dict[str, Any]  # run.yaml; empty when absent
+    config: dict[str, Any]  # config.json; empty when absent
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Run:
+        """Raises `UserError` when there is no metrics.jsonl or a file is broken."""
+        path = Path(run_dir)
+        return cls(
+            path,
+            read_metrics(path),
+            _read_mapping(path / "run.yaml", yaml.safe_load),
+            _read_mapping(path / "config.json", json.loads),
+        )
+
+    def values(self, name: str) -> list[Any]:
+        """All that was recorded under `name`, in order."""
+        return [row[name] for row in self.rows if name in row]
+
+    def last(self, name: str) -> Any:
+        """The last thing recorded under `name`, or None."""
+        return next(reversed(self.values(name)), None)
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    html: str  # ready to be put on the page: whoever makes a section escapes what is not its own
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `plots/*.png` and `report.html` into a run's folder; returns the path of the report.
+
+    May be called while the run still trains. Without matplotlib the page says how to get the curves.
+    """
+    run = Run.read(run_dir)
+    sections = [section for build in SECTIONS if (section := build(run)) is not None]
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    style = template.split("<style>")[1].split("</style>")[0]
+    page = string.Template(template).substitute(
+        title=escape(run.path.resolve().name),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        header=header(run),
+        sections="\n".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.html}\n</section>" for s in sections),
+        version=__version__,
+    )
+    path = run.path / "report.html"
+    atomic_write(path, page)
+    return path
+
+
+def header(run: Run) -> str:
+    """The outcome in one line, and the run in numbers."""
+    facts = {
+        "parameters": _maybe(human_count, parameter_count(run.path / "model.safetensors")),
+        "tokens seen": _maybe(human_count, run.last("num_tokens")),
+        "steps": _maybe(str, max((row["step"] for row in run.rows), default=None)),
+        "training time": _maybe(duration, run.rows[-1].get("time") if run.rows else None),
+        "tokens per second": _maybe(human_count, _typical(run, "tokens_per_second")),
+        "of matmul peak": _maybe("{:.0%}".format, _typical(run, "peak_share")),
+    }
+    cells = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items() if value)
+    return f'<p class="outcome">{outcome(run)}</p>\n<dl class="facts">{"".join(cells)}</dl>'
+
+
+def outcome(run: Run) -> str:
+    """One line: how good the model became, in the measures that are known."""
+    name, loss = "held-out loss", run.last("eval_loss")
+    if loss is None:
+        name, loss = "training loss", run.last("loss")
+    if loss is None:
+        return "No loss has been recorded yet."
+    if not math.isfinite(loss):
+        return f"The run diverged: its last {name} is {loss}. A lower learning rate or a longer warmup may help."
+    measures = [f"perplexity {math.exp(min(loss, 99)):.4g}"]
+    if (bits := run.last("eval_bits_per_byte")) is not None:
+        measures.append(f"{bits:.3f} bits per byte")
+    text = f"<strong>{name.capitalize()} {loss:.3f}</strong> nats per token ({', '.join(measures)})"
+    if (baseline := run.last("ngram_nll")) is not None:
+        order = run.last("ngram_order") or "n"
+        text += f"; a {order}-gram model of the same text reaches {baseline:.3f}"
+    best = min((value for value in run.values("eval_loss") if math.isfinite(value)), default=loss)
+    if best < loss - 0.001:
+        text += f"; the best on the way was {best:.3f}"
+    return text + "."
+
+
+def curves(run: Run) -> Section | None:
+    """The figures, once for light and once for dark surroundings; the light ones also go to plots/."""
+    try:
+        light = plots.draw(run.rows, run.config, plots.LIGHT)
+        dark = plots.draw(run.rows, run.config, plots.DARK)
+    except ImportError:
+        hint = "Curves need matplotlib: <code>pip install 'zero2hero[train]'</code>, then write this page again."
+        return Section("Curves", f'<p class="quiet">{hint}</p>')
+    pictures = []
+    for name, image in light.items():
+        atomic_write(run.path / "plots" / f"{name}.png", image)
+        pictures.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark[name])}">'
+            f'<img alt="{name} over the course of the run" src="{_data_uri(image)}"></picture>'
+        )
+    return Section("Curves", "\n".join(pictures)) if pictures else None
+
+
+def samples(run: Run) -> Section | None:
+    """What the model wrote, early to late side by side: a row for each prompt, a column for each step."""
+    recorded = {row["step"]: row["samples"] for row in run.rows if row.get("samples")}
+    if not recorded:
+        return None
+    steps = sorted(recorded)
+    last = len(steps) - 1
+    columns = min(COLUMNS_OF_SAMPLES, len(steps))
+    steps = sorted({steps[round(last * column / max(columns - 1, 1))] for column in range(columns)})
+    texts = {(s["prompt"], step): s["text"] for step in steps for s in recorded[step]}
+
+    def cell(prompt: str, step: int) -> str:
+        text = f"…{texts[prompt, step]}" if (prompt, step) in texts else ""
+        return f'<div class="sample"><h3>step {step}</h3><p dir="auto">{escape(shorten(text))}</p></div>'
+
+    def row(prompt: str) -> str:
+        cells = "".join(cell(prompt, step) for step in steps)
+        return f'<div><p class="prompt" dir="auto">{escape(prompt)}</p><div class="row">{cells}</div></div>'
+
+    rows = "".join(row(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in texts))
+    return Section("What it writes", f'<div class="samples">{rows}</div>')
+
+
+def settings(run: Run) -> Section | None:
+    """run.yaml as tables, one for each of its sections."""
+    if not run.settings:
+        return None
+    groups: dict[str, dict[str, Any]] = {"run": {}}
+    for name, value in run.settings.items():
+        if isinstance(value, Mapping):
+            groups[name] = dict(_flat(value))
+        else:
+            groups["run"][name] = value
+    tables = "".join(_table(name, values) for name, values in groups.items() if values)
+    return Section("Settings", f'<div class="tables">{tables}</div>')
+
+
+def machine(run: Run) -> Section | None:
+    """What it ran on, when the run recorded it."""
+    found = run.last("machine")
+    return Section("Machine", f'<div class="tables">{_table("", found)}</div>') if found else None
+
+
+# the body of the page, in order; a builder returns None when the run has nothing to show in it
+SECTIONS: list[Callable[[Run], Section | None]] = [curves, samples, settings, machine]
+
+
+def escape(text: object) -> str:
+    """Text of any origin, made safe to stand in the page, in an attribute too."""
+    return html.escape(visible(str(text)).encode("utf-8", "replace").decode("utf-8"), quote=True)
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " …"
+
+
+def parameter_count(path: Path) -> int | None:
+    """Parameters in a safetensors file, by its header (8 bytes of length, then JSON); None if absent."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as stream:
+        tensors = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
+
+
+def duration(seconds: float) -> str:
+    """48 s, 5 min 2 s, 3 h 20 min."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours} h {minute} min" if hours else f"{minute} min {second} s" if minute else f"{second} s"
+
+
+def _typical(run: Run, name: str) -> float | None:
+    values = [value for value in run.values(name) if math.isfinite(value)]
+    return median(values) if values else None
+
+
+def _maybe(show: Callable[[Any], str], value: Any) -> str | None:
+    return None if value is None else show(value)
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a mapping of names to values, not {type(found).__name__}")
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    def show(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    caption = f"<caption>{escape(title)}</caption>" if title else ""
+    rows = (f'<tr><th scope="row">{escape(k)}</th><td>{escape(show(v))}</td></tr>' for k, v in values.items())
+    return f"<table>{caption}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def _data_uri(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()

@@ -1,0 +1,196 @@
+"""What a run leaves behind about itself while it trains: metrics.jsonl, TensorBoard and other trackers.
+
+metrics.jsonl is the record that everything else is drawn from (plots, report.html, `read_metrics`). It holds
+one JSON object a line, each with `step` (optimizer steps done) and `time` (seconds of training; the pause
+before a resume does not count), and then either
+
+    metrics    loss, eval_loss, learning_rate, grad_norm, tokens_per_second, peak_share, epoch, num_tokens,
+               eval_bits_per_byte, ngram_nll, ngram_order, ... (losses in nats per token)
+    samples    [{"prompt": ..., "text": ...}, ...], what the model wrote at that step
+    machine    what `describe_machine` found, or anything else that is not a number
+
+Lines are appended whole and flushed, so a run that is killed loses at most the line it was writing. A run
+resumed at step s first drops what came after s, for those steps are about to be done again: curves have no
+double points. A fresh run is one resumed before its first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zero2hero.errors import UserError
+from zero2hero.io import atomic_write, saving
+
+METRICS_FILE = "metrics.jsonl"
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers: they are written as strings
+_INSTALL = {"tensorboard": "zero2hero[train]", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Tracker:
+    """Writes the record of one run; use it as a context manager or call `close`."""
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        report_to: Sequence[str] = (),
+    ) -> None:
+        """Open the record in `output_dir`.
+
+        tensorboard: write scalars to `output_dir/tensorboard` when tensorboard is installed.
+        resume_step: keep the record up to this step and go on; None starts a new record.
+        report_to: other trackers, "wandb" or "trackio" ("tensorboard" here: an error if it is missing).
+        Raises `UserError` when a tracker in `report_to` is unknown or not installed.
+        """
+        self.path = Path(output_dir) / METRICS_FILE
+        last_step = -1 if resume_step is None else resume_step
+        kept: list[dict[str, Any]] = []
+        if resume_step is not None and self.path.exists():
+            kept = [row for row in read_metrics(output_dir) if row["step"] <= last_step]
+        with saving(self.path):
+            self._writers = _open_writers(Path(output_dir), tensorboard, last_step, report_to)
+        atomic_write(self.path, "".join(_to_line(row) for row in kept))
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._began = time.monotonic() - (kept[-1].get("time", 0.0) if kept else 0.0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record numbers (Python, numpy or one-element tensors); NaN and infinities are allowed."""
+        numbers = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+        self.record(step, **numbers)
+        for writer in self._writers:
+            writer.log(numbers, step)
+
+    def samples(self, step: int, samples: Iterable[Mapping[str, str]]) -> None:
+        """Record what the model writes: one {"prompt", "text"} each, `text` is what follows the prompt."""
+        self.record(step, samples=[dict(sample) for sample in samples])
+
+    def record(self, step: int, **values: Any) -> None:
+        """Append one line of any JSON values to metrics.jsonl (and to no other tracker)."""
+        elapsed = round(time.monotonic() - self._began, 3)
+        with saving(self.path):
+            self._file.write(_to_line({"step": int(step), "time": elapsed, **values}).encode("utf-8"))
+
+    def close(self) -> None:
+        self._file.close()
+        for writer in self._writers:
+            writer.finish()
+        self._writers = []
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `output_dir/metrics.jsonl` in order. A torn last line (a killed run) is passed over.
+
+    Raises `UserError` when the file is not there or a line before the last is not a row.
+    """
+    path = Path(output_dir) / METRICS_FILE
+    try:
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is {output_dir} the folder of a run?") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not an object with a whole number 'step'")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is not a metrics row ({error}); delete the line") from None
+        rows.append({key: float(value) if value in _NOT_FINITE else value for key, value in row.items()})
+    return rows
+
+
+def describe_machine() -> dict[str, str]:
+    """The hardware and software that a run's speed depends on, for `Tracker.record(step, machine=...)`."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux says it best
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    machine = {
+        "processor": processor,
+        "cores": str(os.cpu_count()),
+        "threads used": str(torch.get_num_threads()),
+    }
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no sysconf on Windows
+        machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        machine["accelerator"] = torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
+    machine["system"] = platform.platform(terse=True)
+    machine["python"] = platform.python_version()
+    machine["torch"] = str(torch.__version__)
+    return machine
+
+
+def _to_line(row: Mapping[str, Any]) -> str:
+    def strict(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return value
+
+    return json.dumps({key: strict(value) for key, value in row.items()}, allow_nan=False) + "\n"
+
+
+class _TensorBoard:
+    def __init__(self, output_dir: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted or earlier run wrote for steps that come again
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=last_step + 1)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class _WandbLike:
+    """Weights & Biases, and trackio, which speaks the same three calls."""
+
+    def __init__(self, name: str, output_dir: Path, last_step: int) -> None:
+        self.module = importlib.import_module(name)
+        resume = "allow" if last_step >= 0 else "never"
+        self.module.init(project="zero2hero", name=output_dir.resolve().name, resume=resume)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.module.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        self.module.finish()
+
+
+def _open_writers(output_dir: Path, tensorboard: bool, last_step: int, report_to: Sequence[str]) -> list[Any]:
+    writers: list[Any] = []
+    for name in dict.fromkeys([*(["tensorboard"] if tensorboard else []), *report_to]):
+        if name not in _INSTALL:
+            raise UserError(f"report_to: no tracker named {name!r}; there are {', '.join(_INSTALL)}")
+        try:
+            if name == "tensorboard":
+                writers.append(_TensorBoard(output_dir, last_step))
+            else:
+                writers.append(_WandbLike(name, output_dir, last_step))
+        except ImportError:
+            if name in report_to:
+                raise UserError(f"report_to: {name} is not installed; pip install '{_INSTALL[name]}'") from None
+    return writers
