@@ -7,56 +7,62 @@ remains has a default that works on a laptop. This module imports no torch, so t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from zero2hero.errors import UserError, did_you_mean
+
+NO_OPTION = {"option": False}  # metadata of a field that the command line does not set
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder. Names are those of Hugging Face configurations.
 
-    `None` derives: as many key/value heads as heads, head_dim = hidden_size / heads, and a feed-forward of
-    4 D (plain) or 8/3 D rounded up to a multiple of 32 (gated; the same number of weights).
+    0 derives: as many key/value heads as heads, head_dim = hidden_size / heads, and a feed-forward of 4 D (plain) or
+    8/3 D rounded up to a multiple of 32 (gated; the same number of weights). `derived()` fills these in.
     """
 
     vocab_size: int = 0  # 0: the tokenizer's
-    hidden_size: int = 192
+    hidden_size: int = 192  # width of the residual stream
     num_hidden_layers: int = 4
     num_attention_heads: int = 6
-    num_key_value_heads: int = 0
+    num_key_value_heads: int = 0  # fewer than heads: grouped-query attention
     head_dim: int = 0
-    intermediate_size: int = 0
-    max_position_embeddings: int = 256
+    intermediate_size: int = 0  # width of the feed-forward
+    max_position_embeddings: int = 256  # context, in tokens
     position: str = "rotary"  # rotary, learned, sinusoidal, none
     norm: str = "rmsnorm"  # rmsnorm, layernorm
     norm_eps: float = 1e-5
     feedforward: str = "swiglu"  # swiglu, or the plain form's activation: relu2, gelu, gelu_new, relu, silu
-    qk_norm: bool = False
+    qk_norm: bool = False  # normalize queries and keys (Qwen3)
     attention_bias: bool = False  # on q, k, v
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
-    rope_theta: float = 10_000.0
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = True
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    sliding_window: int | None = None  # tokens that a query looks back
+    tie_word_embeddings: bool = True  # one matrix for embedding and head
     dropout: float = 0.0
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    model_type: str | None = None  # the family that it was read from
-    extra: dict[str, Any] = field(default_factory=dict)  # fields read that do not change the mathematics
+    initializer_range: float = 0.02  # standard deviation of the first weights
+    # Known only with a tokenizer or a file at hand; no options of a run.
+    bos_token_id: int | None = field(default=None, metadata=NO_OPTION)
+    eos_token_id: int | list[int] | None = field(default=None, metadata=NO_OPTION)
+    pad_token_id: int | None = field(default=None, metadata=NO_OPTION)
+    model_type: str | None = field(default=None, metadata=NO_OPTION)  # the family that it was read from
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
     def __post_init__(self) -> None:
-        def derive(name: str, value: int) -> None:
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        _at_least(self, 0, "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size", "dropout")
+        if self.sliding_window is not None:
+            _at_least(self, 1, "sliding_window")
+        _one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
+        _one_of(self, "norm", ("rmsnorm", "layernorm"))
+        _one_of(self, "feedforward", ("swiglu", "relu2", "gelu", "gelu_new", "relu", "silu"))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
@@ -64,17 +70,25 @@ class DecoderConfig:
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}: try num_attention_heads {nearest}, or set head_dim"
             )
-        derive("num_key_value_heads", self.num_attention_heads)
-        derive("head_dim", self.hidden_size // self.num_attention_heads)
-        gated = self.feedforward == "swiglu"
-        derive("intermediate_size", -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size)
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.position == "rotary" and self.head_dim % 2:
-            raise UserError(f"rotary positions turn pairs of features: head_dim {self.head_dim} must be even")
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.position == "rotary" and head_dim % 2:
+            raise UserError(f"rotary positions turn pairs of features: head_dim {head_dim} must be even")
+
+    def derived(self) -> DecoderConfig:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        gated = self.feedforward == "swiglu"
+        inner = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
+        return dataclasses.replace(
+            self,
+            num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size or inner,
+        )
 
     @property
     def num_matrix_parameters(self) -> int:
@@ -200,6 +214,67 @@ class PretrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """`zero2hero quickstart`: the whole road in minutes, on built-in text."""
+
+    output_dir: str = "runs/quickstart"
+    stories: int = 40_000  # built-in stories to learn from
+    steps: int = 700  # optimizer steps
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    force: bool = False  # train anew although output_dir already holds a finished run
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
+        _at_least(self, 100, "stories")
+        _one_of(self, "precision", PRECISIONS)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`zero2hero generate MODEL PROMPT`."""
+
+    model: str  # a run, a Hugging Face directory, or a hub id
+    prompt: str = ""  # the text to continue; empty begins a new one
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0 always takes the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)  # end when one of these is written
+    num_return_sequences: int = 1
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """`zero2hero tokenizer train`."""
+
+    data: str | list[str] = "stories"
+    output_dir: str = "runs/tokenizer"
+    vocab_size: int = 4096
+    kind: str = "bpe"  # bpe or char
+    pattern: str = "llama3"  # llama3, gpt2, qwen2
+    text_column: str | None = None
+    on_bad_record: str = "raise"
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", ("bpe", "char"))
+
+
+@dataclass(frozen=True)
+class TokenizerEncodeConfig:
+    """`zero2hero tokenizer encode TOKENIZER TEXT`."""
+
+    tokenizer: str  # a directory or a hub id
+    text: str
+
+
 def _at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -217,7 +292,19 @@ def to_yaml(config: Any) -> str:
     """A configuration as YAML, to be read back by `--config`."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The options of a configuration, nested as its classes are."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata != NO_OPTION}
+    return {k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+
+
+def from_dict(kind: Any, values: dict[str, Any]) -> Any:
+    """A configuration of class `kind`; what `values` leaves out has its default."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{k: from_dict(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -230,3 +317,44 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines
+
+
+# --- what the command line shows of a configuration -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its dotted name, type and default for people, and the comment beside the field above."""
+
+    name: str
+    kind: str
+    default: str
+    help: str
+    flag: bool
+
+
+def describe(kind: Any, prefix: str = "") -> list[Option]:
+    """Every option of a configuration class. Help texts are the comments and docstrings of its fields."""
+    hints, notes, options = typing.get_type_hints(kind), _notes(kind), []
+    for f in sorted(dataclasses.fields(kind), key=lambda f: dataclasses.is_dataclass(hints[f.name])):
+        if f.metadata == NO_OPTION:
+            continue
+        hint = hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            options += describe(hint, f"{prefix}{f.name}.")
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        required = default is dataclasses.MISSING
+        shown = "required" if required else f"default {'none' if default in (None, [], '') else default}"
+        kind_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        options.append(Option(prefix + f.name, kind_name, shown, notes.get(f.name, ""), hint is bool))
+    return options
+
+
+def _notes(kind: Any) -> dict[str, str]:
+    """The comment at the end of each field's line, or the docstring below it."""
+    source = inspect.getsource(kind)
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    for name, text in re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, re.M | re.S):
+        notes[name] = " ".join(text.split())
+    return notes

@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = config.derived()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.position == "learned":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)

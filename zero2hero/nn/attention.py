@@ -31,13 +31,11 @@ def use_explicit(q_BHTK: Tensor) -> bool:
 def explicit_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v with plain products. All [B, H, T, K] -> [B, H, T, K]."""
     B, H, T, K = q_BHTK.shape
-    S = k_BHSK.shape[2]
     q, k, v = (x.reshape(B * H, -1, K) for x in (q_BHTK, k_BHSK, v_BHSK))
     if mask.allowed is None:
         scores = torch.bmm(q * scale, k.transpose(1, 2))
     else:
-        bias = mask.bias(q.dtype)[:, None].expand(B, H, T, S).reshape(B * H, T, S)
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(mask.bias(B, H, q.dtype), q, k.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
 
 

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _SiluProduct(torch.autograd.Function):
-    """`silu(gate) * up`, keeping only its two inputs; the backward pass recomputes the sigmoid.
+    """`silu(gate) * up`, keeping only its two inputs; the backward pass makes `silu(gate)` again.
 
     Autograd would also keep `silu(gate)`: a third [tokens, F] tensor in every layer.
     """
@@ -49,12 +49,7 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_up = grad * silu
-        # d silu / d gate = sigmoid * (1 + gate - silu)
-        grad_gate = silu.neg_().add_(gate).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
-        return grad_gate, grad_up
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class FeedForward(nn.Module):

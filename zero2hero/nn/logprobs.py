@@ -30,18 +30,18 @@ def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _scores(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk's fp32 logits [n, V], their log-sum-exp [n], and the targets' log-probabilities [n]."""
-    logits = (hidden @ weight.t()).float()
+def _scores(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One chunk's log-probabilities in fp32: of every token [n, V], and of the targets [n]."""
+    logits = hidden @ weight.t()
     if temperature != 1.0:
-        logits.div_(temperature)
-    normalizer = logits.logsumexp(-1)
-    return logits, normalizer, logits.gather(-1, targets[:, None])[:, 0] - normalizer
+        logits = logits.float().div_(temperature)
+    everything = torch.log_softmax(logits, -1, dtype=torch.float32)
+    return everything, everything.gather(-1, targets[:, None])[:, 0]
 
 
-def _probabilities_minus_target(logits: Tensor, normalizer: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the negative log-likelihood with respect to the logits, in the logits' own memory."""
-    gradient = logits.sub_(normalizer[:, None]).exp_()
+def _probabilities_minus_target(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the negative log-likelihood with respect to the logits, in the log-probabilities' memory."""
+    gradient = logprobs.exp_()
     return gradient.scatter_add_(-1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
 
 
@@ -50,7 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
         logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
         for c in _chunks(len(targets), len(weight)):
-            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[2]
+            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[1]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
         return logprobs
@@ -61,8 +61,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
-            logits, normalizer, _ = _scores(hidden[c], weight, targets[c], ctx.temperature)
-            gradient = _probabilities_minus_target(logits, normalizer, targets[c])
+            everything, _ = _scores(hidden[c], weight, targets[c], ctx.temperature)
+            gradient = _probabilities_minus_target(everything, targets[c])
             gradient = gradient.mul_(-grad[c, None] / ctx.temperature).to(weight.dtype)
             grad_hidden[c] = gradient @ weight
             _accumulate(grad_weight, gradient, hidden[c])
@@ -76,9 +76,9 @@ class _NLLSum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
-            logits, normalizer, logprobs = _scores(hidden[c], weight, targets[c], 1.0)
+            everything, logprobs = _scores(hidden[c], weight, targets[c], 1.0)
             total -= logprobs.sum()
-            gradient = _probabilities_minus_target(logits, normalizer, targets[c]).to(weight.dtype)
+            gradient = _probabilities_minus_target(everything, targets[c]).to(weight.dtype)
             torch.mm(gradient, weight, out=grad_hidden[c])
             _accumulate(grad_weight, gradient, hidden[c])
         ctx.weight_dtype = weight.dtype

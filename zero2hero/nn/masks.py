@@ -7,27 +7,32 @@ Padding needs no rule of its own: it lies at later positions, or in a document o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Mask:
-    """`allowed` [B or 1, T, S] bool: True where a query sees a key. `None` everywhere: all may see all.
+    """`allowed` [B or 1, T, S] bool: True where a query sees a key. None: every query sees every key.
 
     `causal` says that the rule is the plain triangle over a square [T, T], which fused kernels know.
     """
 
-    allowed: Tensor | None
-    causal: bool = False
+    def __init__(self, allowed: Tensor | None, causal: bool = False) -> None:
+        self.allowed, self.causal = allowed, causal
+        self._bias: Tensor | None = None
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """The additive form: 0 where allowed, minus infinity elsewhere."""
+    def bias(self, batch_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:
+        """The additive form [B * H, T, S], 0 where allowed and minus infinity elsewhere; made once for all layers."""
         assert self.allowed is not None
-        bias = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-        return bias.masked_fill_(~self.allowed, float("-inf"))
+        if self._bias is None or self._bias.dtype != dtype:
+            _, T, S = self.allowed.shape
+            bias = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+            bias = bias.masked_fill_(~self.allowed, float("-inf"))
+            if len(bias) == 1:
+                self._bias = bias.expand(batch_size * num_heads, T, S)
+            else:
+                self._bias = bias.repeat_interleave(num_heads, 0)
+        return self._bias
 
 
 def make_mask(

@@ -68,7 +68,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    B, T, H, K = x.shape
+    out = x.new_empty(B, H, T, K).transpose(1, 2)  # laid out as attention reads it: no copy later
     (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
     torch.mul(x1, cos, out=out1)
     out1.addcmul_(x2, sin, value=-direction)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from zero2hero import machine
-from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, differences, to_yaml
+from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, differences, to_dict, to_yaml
 from zero2hero.data.batches import Batch, Batches, evaluation_windows
 from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
 from zero2hero.data.sources import Source, open_source
@@ -133,7 +133,7 @@ def fit_shape(shape: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
+    ).derived()
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _check_directory(output_dir: Path, config: PretrainConfig) -> None:
         raise UserError(f"nothing to resume: {saved} does not exist. Start the run without --resume.")
     import yaml
 
-    before, after = yaml.safe_load(saved.read_text()), dataclasses.asdict(config)
+    before, after = yaml.safe_load(saved.read_text()), to_dict(config)
     changed = [d for d in differences(before, after) if d.split(":")[0] not in ("resume", "output_dir", "report_to")]
     if changed:
         raise UserError(

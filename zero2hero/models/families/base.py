@@ -14,6 +14,9 @@ from typing import Any
 from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError, did_you_mean
 
+# Keys where null is an answer of its own (none, or 0: to be derived) and not the same as an absent key.
+_NULL = {"sliding_window": None, "num_key_value_heads": 0, "head_dim": 0}
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -61,7 +64,8 @@ class Family:
 
     def read_config(self, theirs: Mapping[str, Any]) -> DecoderConfig:
         """Our configuration from the contents of config.json."""
-        given = {**self.defaults, **{k: v for k, v in theirs.items() if v is not None}}
+        said = {k: _NULL.get(k) if v is None else v for k, v in theirs.items() if v is not None or k in _NULL}
+        given = {**self.defaults, **said}
         for key, allowed in self.fixed.items():
             if key in given and given[key] not in allowed:
                 raise UserError(
@@ -78,7 +82,7 @@ class Family:
             raise UserError(f"config.json lacks {', '.join(missing)}, which {self.model_type} needs")
         known = set(self.names.values()) | set(self.fixed) | set(self.written)
         extra = {k: v for k, v in theirs.items() if k not in known}
-        return DecoderConfig(**ours, model_type=self.model_type, extra=extra)
+        return DecoderConfig(**ours, model_type=self.model_type, extra=extra).derived()
 
     def write_config(self, config: DecoderConfig) -> dict[str, Any]:
         """The contents of config.json, in spellings that transformers 4 and 5 both read."""

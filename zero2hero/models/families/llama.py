@@ -110,11 +110,10 @@ MISTRAL = replace(
     constants=_ROTARY
     | {"feedforward": "swiglu", "qk_norm": False, "attention_bias": False, "output_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 8,
-              "max_position_embeddings": 131072},
+              "max_position_embeddings": 131072, "sliding_window": 4096},
     fixed={"hidden_act": ("silu",)},
     written={"hidden_act": "silu", "rope_scaling": None, "use_cache": True},
     derive=_rope_theta,
-    matches=lambda c: c.sliding_window is not None,
 )  # fmt: skip
 
 QWEN2 = replace(
