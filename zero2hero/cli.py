@@ -179,6 +179,10 @@ def parse(verb: str, kind: type, words: list[str], examples: list[str], position
         print(_help(verb, list(options.values()), examples, positional))
         raise SystemExit(0)
     words = _as_options(verb, words, options, positional)
+    given = {word.partition("=")[0].removeprefix("--") for word in words}
+    missing = [n.upper() for n in positional if options[n].default == "required" and not given & {n, "config"}]
+    if missing:
+        raise UserError(f"{verb} needs {' and '.join(missing)}, as in: {examples[0]}")
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, default_env=False)
@@ -189,9 +193,6 @@ def parse(verb: str, kind: type, words: list[str], examples: list[str], position
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise UserError(_explain(str(error))) from None
     values.pop("config", None)
-    missing = [name for name in positional if name not in values and options[name].default == "required"]
-    if missing:
-        raise UserError(f"{verb} needs {' and '.join(m.upper() for m in missing)}, as in: {examples[0]}")
     return from_dict(kind, values)
 
 
