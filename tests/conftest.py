@@ -2,10 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-# before torch loads its OpenMP runtime: threads that wait give the core away after a moment
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -33,3 +32,34 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("needs real data in ../shared/data")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def all_threads() -> int:
+    """How many threads torch takes by itself."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.fixture(scope="module")
+def one_thread(all_threads: int) -> Iterator[None]:
+    """For tiny tensors: on a busy machine, threads that wait for each other cost more than they bring."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(all_threads)
+
+
+@pytest.fixture(scope="session")
+def bf16(own_cache: Path, all_threads: int) -> None:
+    """Needed by every test that computes in bf16: without it the first product can kill the process."""
+    import torch
+
+    from zero2hero import machine
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(all_threads)  # measured once, for the threads that training has
+    machine.prepare()
+    torch.set_num_threads(threads)

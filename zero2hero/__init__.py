@@ -10,9 +10,15 @@ Names are resolved on first use, so that `import zero2hero` itself stays instant
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# A thread of torch's that waits for the others spins for a moment (about 30 us) and then gives its core away. By default
+# it spins for much longer, and a busy machine makes each of the thousands of waits of a step cost a whole time slice:
+# ten times slower. Read by the OpenMP library when torch is imported; yours to set otherwise.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # public name -> the module that defines it
 _PUBLIC = {

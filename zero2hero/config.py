@@ -57,7 +57,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        _at_least(self, 0, "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size", "dropout")
+        _at_least(self, 0, "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size", "dropout", "norm_eps",
+                  "rope_theta", "initializer_range")  # fmt: skip
+        _below(self, 1, "dropout")
         if self.sliding_window is not None:
             _at_least(self, 1, "sliding_window")
         _one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
@@ -160,7 +162,9 @@ class TrainConfig:
             "logging_steps",
         )
         _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
-                  "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate")  # fmt: skip
+                  "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate", "num_train_epochs",
+                  "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale", "head_lr_scale")  # fmt: skip
+        _below(self, 1, "adam_beta1", "adam_beta2")
         _one_of(self, "optim", OPTIMIZERS)
         _one_of(self, "lr_scheduler_type", SCHEDULES)
         if self.max_steps == 0 and self.num_train_epochs <= 0:
@@ -280,6 +284,12 @@ def _at_least(config: Any, least: float, *names: str) -> None:
         value = getattr(config, name)
         if not value >= least or math.isinf(value):
             raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+def _below(config: Any, limit: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) < limit:
+            raise UserError(f"{name} must be below {limit}, not {getattr(config, name)}")
 
 
 def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:

@@ -87,7 +87,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
                 os.rename(path, old / "was")
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                if old is not None:
+                    os.rename(old / "was", path)
+                    os.rmdir(old)
+                raise
             fsync_path(path.parent)
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)

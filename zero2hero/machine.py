@@ -20,6 +20,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from zero2hero.io import atomic_write, cache_folder
 
@@ -83,12 +84,11 @@ def machine() -> Machine:
     cores = torch.get_num_threads()
     key = f"{processor_name()} x{cores} torch {torch.__version__}"
     path = cache_folder() / "machine.json"
-    try:
-        known = json.loads(path.read_text())
-        if known["key"] == key:
-            return Machine(**known["machine"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(path.read_text()))
+        if key in known:
+            return Machine(**known[key])
     fp32 = _measured("float32", cores, "as is") or 0.0
     bf16, setup = 0.0, "no tiles"
     for setup in BF16_SETUPS:
@@ -96,7 +96,7 @@ def machine() -> Machine:
             break
     found = Machine(processor_name(), cores, fp32, bf16, setup)
     with contextlib.suppress(ValueError):  # a home that cannot be written only costs the measurement again
-        atomic_write(path, json.dumps({"key": key, "machine": asdict(found)}, indent=1))
+        atomic_write(path, json.dumps(known | {key: asdict(found)}, indent=1))
     return found
 
 

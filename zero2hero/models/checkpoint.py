@@ -42,14 +42,11 @@ def find_directory(path_or_id: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(path_or_id)
-    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or "/" not in name.strip("/"):
-        near = did_you_mean(
-            path.name, [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-        )
-        if path.exists():
-            raise UserError(f"{name} is a file; give the directory that holds config.json and {SINGLE}")
-        if "/" in name:
-            raise UserError(f"no such model directory: {name}.{near}")
+    if path.exists():
+        raise UserError(f"{name} is a file; give the directory that holds config.json and {SINGLE}")
+    near = did_you_mean(path.name, [p.name for p in path.parent.glob("*") if p.is_dir()])
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(f"no such model directory: {name}.{near}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -58,7 +55,7 @@ def find_directory(path_or_id: str | Path) -> Path:
     except Exception as error:
         raise UserError(
             f"no local directory named {name}, and it could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}). Check the name, the network, or HF_TOKEN for a private model."
+            f"({type(error).__name__}). Check the name, the network, or HF_TOKEN for a private model.{near}"
         ) from error
 
 
@@ -93,10 +90,12 @@ def from_pretrained(
     family = family_of_config(theirs)
     try:
         config = family.read_config(theirs)
-    except TypeError as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    with torch.device("meta"):
-        model = Decoder(config)
+        with torch.device("meta"):
+            model = Decoder(config)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a number that is a text, say
+        raise UserError(f"{directory / 'config.json'} holds a value of the wrong kind: {error}") from None
     state = _read_tensors(directory, family, model, dtype, device)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
@@ -141,6 +140,8 @@ def _read_tensors(
 
 def _to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: str) -> dict[str, Tensor]:
     """One stored tensor as our parameters: transposed and split as the rule says, every shape checked."""
+    if not value.is_floating_point():
+        raise UserError(f"tensor {stored} holds {value.dtype} numbers; quantized weights cannot be loaded")
     if rule.transpose:
         value = value.t().contiguous()
     rows = [shapes[name][0] for name in rule.parts]
@@ -180,7 +181,9 @@ class _open_weights:
 
     def __enter__(self) -> dict[str, Any]:
         if (self.directory / INDEX).exists():
-            placed = read_json(self.directory / INDEX).get("weight_map", {})
+            placed = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+                raise UserError(f"{self.directory / INDEX} has no weight_map of tensors to files")
             names = sorted(set(placed.values()))
             if any(Path(name).name != name for name in names):
                 raise UserError(f"{self.directory / INDEX} points outside its directory")

@@ -122,15 +122,21 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def remove_old(output_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; never the last that verifies."""
+def remove_old(output_dir: str | Path, step: int, keep_last: int) -> None:
+    """Delete all but the `keep_last` newest checkpoints up to the one of `step`, which was just written.
+
+    Any later ones were found damaged on resume and passed over; they go too, so that they cannot push out whole ones.
+    """
     folders = _all(output_dir)
-    for folder in folders[: max(0, len(folders) - max(1, keep_last))]:
-        shutil.rmtree(folder, ignore_errors=True)
+    kept = folders[: folders.index(folder_of(output_dir, step)) + 1][-max(1, keep_last) :]
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all(output_dir: str | Path) -> list[Path]:
-    return sorted((Path(output_dir) / "checkpoints").glob("step-*"))
+    """Oldest first; from a million steps on, the names grow longer."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

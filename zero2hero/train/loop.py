@@ -124,9 +124,11 @@ class Trainer:
         """
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         try:
+            if self.state.step == 0:
+                torch.manual_seed(self.config.seed)  # decides what dropout drops
             if self.state.step == 0 and self.sample:
                 self._outside_training(lambda: self.sample(0))  # type: ignore[misc]
-            while self.state.step < self.total_steps:
+            while self.state.step < self.total_steps and not self._out_of_patience():
                 started = time.perf_counter()
                 self.step()
                 self._window.seconds += time.perf_counter() - started
@@ -141,8 +143,6 @@ class Trainer:
                     self.save()
                 if self._asked_to_stop is not None:
                     raise Stopped(self._asked_to_stop)
-                if self._out_of_patience():
-                    break
             if self.config.early_stopping_patience and self.evaluate:
                 self._restore_best()
             return self.metrics
@@ -259,7 +259,7 @@ class Trainer:
         """Write a checkpoint of this step and delete the oldest."""
         assert self.output_dir is not None
         self._save_to(folder_of(self.output_dir, self.state.step))
-        remove_old(self.output_dir, self.config.keep_last)
+        remove_old(self.output_dir, self.state.step, self.config.keep_last)
 
     def _save_to(self, folder: Path) -> None:
         save_checkpoint(folder, self.masters.parameters, self.optimizers, vars(self.state))

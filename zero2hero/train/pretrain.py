@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -288,11 +287,10 @@ def _announce(progress, config, shape, training, held_out, dtype, resumed: int, 
 
 
 def _save_result(lm: LanguageModel, trainer: Trainer, output_dir: Path) -> None:
-    """The model from its fp32 weights, the report, and no more checkpoints than the last."""
+    """The model from its fp32 weights, and the report."""
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
             if name in trainer.masters.parameters:
                 parameter.data = trainer.masters.parameters[name].detach()
     save(lm, output_dir)
     write_report(output_dir)
-    shutil.rmtree(output_dir / "checkpoints" / "best", ignore_errors=True)

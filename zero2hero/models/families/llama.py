@@ -57,6 +57,9 @@ def _rope_theta(theirs: dict[str, Any]) -> dict[str, Any]:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
         raise UserError(f"config.json: rotary scaling {kind!r} is not supported yet; only plain rotary positions are")
+    for key, value in rope.items():
+        if key not in ("rope_type", "type", "rope_theta") and value not in (None, 1.0):
+            raise UserError(f"config.json: {key} = {value!r} in rope_parameters is not supported yet")
     return {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
 
 

@@ -1,0 +1,276 @@
+"""A language model that is ready to use: weights, tokenizer and generation settings, in and out of a directory.
+
+    lm = load("runs/quickstart")
+    print(lm.generate("Once upon a time", max_new_tokens=64, temperature=0.8))
+    save(lm, "out")
+
+The directory is a Hugging Face model directory; a run's directory is one too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from zero2hero.device import pick_device
+from zero2hero.errors import UserError, did_you_mean
+from zero2hero.generate.decode import generate_tokens
+from zero2hero.generate.sampling import SamplingConfig
+from zero2hero.generate.text_stream import TextStream
+from zero2hero.io import atomic_write, fsync_path, saving
+from zero2hero.models.checkpoint import INDEX, find_directory, from_pretrained, read_json, save_pretrained
+from zero2hero.models.decoder import Decoder, DecoderConfig
+from zero2hero.tokenizer import Tokenizer
+
+_SETTINGS = [f.name for f in dataclasses.fields(SamplingConfig)]
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class LanguageModel:
+    """A model and its tokenizer.
+
+    `config` is the model's. `generation_config` holds the contents of generation_config.json: defaults of the
+    settings (names as in `SamplingConfig`) and `eos_token_id`, a number or a list.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: DecoderConfig | None = None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = self.config or self.model.config
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text: of generation_config.json, or else of the model and the tokenizer."""
+        given = self.generation_config.get("eos_token_id", self.model.config.eos_token_id)
+        if given is None:
+            given = self.tokenizer.eos_token_id
+        return frozenset(given if isinstance(given, list) else [] if given is None else [given])
+
+    @overload
+    def generate(self, prompt: str, *, stream: bool | Callable[[str], object] = ..., **settings: Any) -> Any: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **settings: Any) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        return_full_text: bool = True,
+        stream: bool | Callable[[str], object] = False,
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> str | list[str]:
+        """Continue a text, or several.
+
+        Args:
+            prompt: a text, or a list of texts, which are continued together.
+            return_full_text: return the prompt and its continuation, or (False) the continuation alone.
+            stream: True prints the text while it is made; a function is called with each new piece of it.
+            batch_size: sequences in memory at a time.
+            **settings: max_new_tokens, temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop,
+                seed, do_sample, num_return_sequences; see `SamplingConfig`.
+
+        Returns:
+            A text for a text; a list for a list, or with num_return_sequences above 1 (prompt by prompt).
+
+        Raises:
+            UserError: an unknown setting or one out of its range, or a prompt longer than the context.
+        """
+        config = self.sampling_config(**settings)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        copies = config.num_return_sequences
+        if stream and (len(prompts) != 1 or copies != 1):
+            raise UserError(f"only one text can be streamed at a time, not {len(prompts) * copies}")
+        show = stream if callable(stream) else _print_piece if stream else None
+        if stream is True and return_full_text:
+            _print_piece(prompts[0])
+        texts = []
+        group = max(1, batch_size // copies)
+        for start in range(0, len(prompts), group):
+            some = prompts[start : start + group]
+            pieces: list[list[str]] = [[] for _ in range(len(some) * copies)]
+            for row, piece in self._pieces(some, config):
+                pieces[row].append(piece)
+                if show and piece:
+                    show(piece)
+            texts += [some[row // copies] * return_full_text + "".join(parts) for row, parts in enumerate(pieces)]
+        if stream is True:
+            print()
+        return texts[0] if isinstance(prompt, str) and copies == 1 else texts
+
+    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+        """The continuation of a text, piece by piece as it is made; settings as for `generate`."""
+        config = self.sampling_config(**settings)
+        if config.num_return_sequences > 1:
+            raise UserError("only one text can be streamed at a time: num_return_sequences must be 1")
+        return (piece for _, piece in self._pieces([prompt], config) if piece)
+
+    def loglikelihood(self, prompt: str, continuation: str) -> float:
+        """ln p(continuation | prompt) in nats, summed over the continuation's tokens.
+
+        The two are tokenized together, and what counts begins at the first token that the prompt alone does not
+        have: a tokenizer may join the end of the one with the beginning of the other.
+        """
+        before, whole = self._encode(prompt), self._encode(prompt + continuation)
+        same = [a == b for a, b in zip(before, whole)]
+        shared = same.index(False) if False in same else len(same)
+        ids = torch.tensor([whole], device=self.model.embed_tokens.weight.device)
+        longest = self.model.config.max_position_embeddings
+        if ids.shape[1] > longest:
+            raise UserError(f"the text has {ids.shape[1]} tokens; the model's context is {longest}")
+        if not shared:
+            raise UserError("the prompt is empty and this tokenizer adds no begin-of-text token: give it some text")
+        training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            hidden = self.model(ids)[0, shared - 1 : -1]
+            logprobs = self.model.logits(hidden).float().log_softmax(-1)
+        self.model.train(training)
+        return float(logprobs.gather(-1, ids[0, shared:, None]).double().sum())
+
+    def sampling_config(self, **settings: Any) -> SamplingConfig:
+        """Settings: those given, else those of generation_config.json, else the defaults."""
+        for name in settings:
+            if name not in _SETTINGS:
+                raise UserError(f"unknown generation setting '{name}'.{did_you_mean(name, _SETTINGS)}")
+        given = {name: value for name, value in settings.items() if value is not None}
+        defaults = {n: v for n, v in self.generation_config.items() if n in _SETTINGS and v is not None}
+        if "temperature" in given:  # asking for a temperature asks for sampling, unless it is 0
+            defaults.pop("do_sample", None)
+        return SamplingConfig(**(defaults | given))
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        return ids or [i for i in (self.tokenizer.bos_token_id,) if i is not None]
+
+    def _pieces(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[tuple[int, str]]:
+        """(row, text) as it is made."""
+        ids = [self._encode(prompt) for prompt in prompts]
+        # a stop string that is a special token never shows up as text
+        special = {self.tokenizer.token_to_id(stop) for stop in config.stop} & self.tokenizer.all_special_ids
+        eos_ids = self.eos_ids | {i for i in special if i is not None}
+        texts = [TextStream(self.tokenizer, p, config.stop) for p in ids for _ in range(config.num_return_sequences)]
+        ready = [""] * len(texts)
+
+        def stopped(row: int, token_id: int) -> bool:
+            ready[row] = texts[row].push(token_id)
+            return texts[row].stopped
+
+        for token in generate_tokens(self.model, ids, config, eos_ids, stopped):
+            yield token.row, "" if token.id in eos_ids else ready[token.row]
+            if token.finish_reason:
+                yield token.row, texts[token.row].finish()
+
+
+def _print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def load(
+    path_or_id: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
+) -> LanguageModel:
+    """Load a run, a Hugging Face directory or a hub id.
+
+    Args:
+        path_or_id: where it is.
+        device: "auto" takes a GPU when there is one.
+        dtype: of the weights ("float32", "bfloat16", "float16" or a torch dtype); as stored by default.
+
+    Raises:
+        UserError: nothing there, files that do not fit together, or a device that is not available.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise UserError(f"unknown dtype '{dtype}'; use {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
+        dtype = _DTYPES[dtype]
+    chosen = pick_device(device)
+    directory = find_directory(path_or_id)
+    model = from_pretrained(directory, dtype=dtype, device=chosen)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.config.vocab_size}. "
+            "They do not belong together."
+        )
+    path = directory / "generation_config.json"
+    return LanguageModel(model, tokenizer, generation_config=read_json(path) if path.exists() else {})
+
+
+def save(lm: LanguageModel, directory: str | Path) -> None:
+    """Write the model, tokenizer, generation settings and (where there is none) a model card.
+
+    The files are made in a folder beside and then moved into place, so that an interrupted save leaves what was
+    there. Other files of the directory (checkpoints, metrics) stay.
+
+    Raises:
+        UserError: no published architecture fits the model, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    with saving(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=".saving.", dir=directory))
+        try:
+            save_pretrained(lm.model, staged)
+            lm.tokenizer.save_pretrained(staged, model_max_length=lm.model.config.max_position_embeddings)
+            atomic_write(staged / "generation_config.json", json.dumps(_generation_config(lm), indent=2) + "\n")
+            if not (directory / "README.md").exists():
+                atomic_write(staged / "README.md", model_card(lm, directory.resolve().name))
+            for file in sorted(staged.iterdir()):
+                os.replace(file, directory / file.name)
+            (directory / INDEX).unlink(missing_ok=True)  # of an earlier, sharded model: its weights are replaced
+            fsync_path(directory)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _generation_config(lm: LanguageModel) -> dict[str, Any]:
+    """The contents of generation_config.json: what was loaded, and the tokens that begin and end a text."""
+    ids = {name: getattr(lm.model.config, name) for name in _TOKEN_IDS}
+    ids = {name: i if i is not None else getattr(lm.tokenizer, name) for name, i in ids.items()}
+    content = {"do_sample": True} | {name: i for name, i in ids.items() if i is not None} | lm.generation_config
+    return dict(sorted(content.items()))
+
+
+def model_card(lm: LanguageModel, name: str) -> str:
+    """A minimal README.md with the front matter that the Hugging Face hub reads."""
+    c = lm.model.config
+    number = sum(p.numel() for p in lm.model.parameters())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- zero2hero
+---
+
+# {name}
+
+A decoder-only language model with {number:,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size},
+{c.num_attention_heads} attention heads, a vocabulary of {c.vocab_size:,} tokens and a context of
+{c.max_position_embeddings:,} tokens. Made with zero2hero.
+
+```python
+import zero2hero as z2h
+
+lm = z2h.load("{name}")
+print(lm.generate("Once upon a time", max_new_tokens=64, temperature=0.8))
+```
+
+transformers reads it as well: `AutoModelForCausalLM.from_pretrained("{name}")`.
+"""
