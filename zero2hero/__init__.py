@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# A thread of torch's that waits for the others spins for a moment (about 30 us) and then gives its core away. By default
-# it spins for much longer, and a busy machine makes each of the thousands of waits of a step cost a whole time slice:
-# ten times slower. Read by the OpenMP library when torch is imported; yours to set otherwise.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# A thread of torch's that waits for the others spins for a moment (some 0.3 ms), then gives its core away. By default it
+# spins until its time slice ends when another program holds the core it waits for: a busy machine then makes a step ten
+# times slower. Read by the OpenMP library when torch is imported; yours to set otherwise.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 # public name -> the module that defines it
 _PUBLIC = {

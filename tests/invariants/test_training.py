@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 SHAPE = DecoderConfig(
     vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, dropout=0.1
 )
-LEARN = {"learning_rate": 0.02, "logging_steps": 1, "max_length": 16, "per_device_train_batch_size": 4}
+LEARN: dict[str, Any] = {"learning_rate": 0.02, "logging_steps": 1, "max_length": 16, "per_device_train_batch_size": 4}
 
 
 def ragged_corpus(documents: int = 60) -> Corpus:
@@ -46,7 +47,7 @@ def ragged_corpus(documents: int = 60) -> Corpus:
     return Corpus(rng.integers(0, 29, ends[-1]).astype(np.uint16), np.stack([ends - lengths, ends], 1))
 
 
-def randomized(model: Decoder) -> Decoder:
+def randomized(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -69,7 +70,7 @@ class Record:
 
 
 def make(output_dir: Path | None = None, *, steps: int = 12, model_seed: int = 0, dtype=torch.float32, data=None,
-         evaluate=None, sample=None, objective=causal_lm, **settings) -> Trainer:  # fmt: skip
+         evaluate=None, sample=None, objective=causal_lm, **settings) -> Any:  # fmt: skip
     config = TrainConfig(**LEARN | {"max_steps": steps} | settings)
     model = Decoder(SHAPE)
     init_weights(model, model_seed)
@@ -97,7 +98,7 @@ def moments(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def gradients(batch_size: int, accumulation: int, dtype=torch.float32, max_grad_norm: float = 0.0):
-    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    settings: dict[str, Any] = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     trainer = make(dtype=dtype, max_grad_norm=max_grad_norm, **settings)
     randomized(trainer.model).eval()
     trainer.model.train = lambda mode=True: trainer.model  # no dropout: its pattern depends on the batch's shape
@@ -179,7 +180,7 @@ def test_looking_on_does_not_change_the_run():
 # --- 10: stop and resume ------------------------------------------------------------------------------------
 
 
-def interrupted(output_dir: Path, at: int, number=signal.SIGINT, **settings) -> Trainer:
+def interrupted(output_dir: Path, at: int, number=signal.SIGINT, **settings) -> Any:
     """A run that gets a signal while it gathers step `at`."""
     trainer = make(output_dir, **settings)
     data = trainer.data
@@ -202,7 +203,11 @@ def interrupted(output_dir: Path, at: int, number=signal.SIGINT, **settings) -> 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, optim, dtype, request):
     if dtype == torch.bfloat16:
         request.getfixturevalue("bf16")
-    evaluations = {"evaluate": lambda: {"eval_loss": float(torch.rand(()))}, "eval_steps": 5, "save_steps": 100}
+    evaluations: dict[str, Any] = {
+        "evaluate": lambda: {"eval_loss": float(torch.rand(()))},
+        "eval_steps": 5,
+        "save_steps": 100,
+    }
     settings = {"optim": optim, "dtype": dtype, "gradient_accumulation_steps": 2, **evaluations}
     straight = make(tmp_path / "straight", **settings)
     straight.train()
@@ -340,7 +345,7 @@ def test_early_stopping_restores_the_best_weights(tmp_path, dtype, request):
         seen.append(weights(trainer))
         return {"eval_loss": losses[len(seen) - 1]}
 
-    settings = {"eval_steps": 1, "early_stopping_patience": 3, "dtype": dtype}
+    settings: dict[str, Any] = {"eval_steps": 1, "early_stopping_patience": 3, "dtype": dtype}
     trainer = make(tmp_path, evaluate=evaluate, **settings)
     metrics = trainer.train()
     assert trainer.state.step == len(seen) == 7  # 1.6, 1.5 again, 1.7: three without a gain
@@ -432,7 +437,7 @@ def test_bf16_gradients_are_near_those_of_fp32():
 
 def test_a_markov_chain_is_learned_down_to_its_entropy():
     """No model can be below the floor, and this one should be at it: too high, or too low, and something is wrong."""
-    chain = world("markov")
+    chain: Any = world("markov")
     documents = list(chain.documents("train", 2000))
     held_out = list(chain.documents("validation", 500))
     tokenizer = Tokenizer.train(documents[:50], kind="char", vocab_size=64)
@@ -460,13 +465,14 @@ def test_a_markov_chain_is_learned_down_to_its_entropy():
 
 def run_config(folder: Path, name: str, **changes) -> PretrainConfig:
     """A tiny pretraining run on a text file; `train` in `changes` adds to the settings of the loop."""
-    loop = {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 2, "sample_steps": 100}
+    loop: dict[str, Any] = {"max_steps": 8, "max_length": 32, "per_device_train_batch_size": 2, "sample_steps": 100}
     loop |= changes.pop("train", {})
-    return PretrainConfig(**{
+    settings: dict[str, Any] = {
         "data": str(folder / "text.txt"), "output_dir": str(folder / name), "precision": "fp32", "device": "cpu",
         "report_to": [], "tokenizer": TokenizerConfig(kind="char"), "train": TrainConfig(**loop),
         "model": DecoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, dropout=0.1),
-    } | changes)  # fmt: skip
+    }  # fmt: skip
+    return PretrainConfig(**settings | changes)
 
 
 @pytest.fixture

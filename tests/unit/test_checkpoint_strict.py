@@ -163,7 +163,7 @@ def test_pickle_only_is_refused_and_not_opened(saved):
 
 def shard(folder: Path) -> dict:
     tensors = load_file(folder / WEIGHTS)
-    halves = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    halves: dict[str, dict] = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
     weight_map = {}
     for i, (name, tensor) in enumerate(sorted(tensors.items())):
         weight_map[name] = list(halves)[i % 2]

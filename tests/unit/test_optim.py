@@ -42,7 +42,7 @@ def conditioned(rows: int, columns: int, smallest: float, seed: int = 0) -> torc
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 def test_orthogonalize(shape, scale):
-    matrix = conditioned(*shape, 0.02) * scale
+    matrix = conditioned(shape[0], shape[1], 0.02) * scale
     found = orthogonalize(matrix[None])[0]
     assert found.shape == shape
     values = torch.linalg.svdvals(found)
@@ -170,7 +170,7 @@ def groups_by_name(optim: str, **settings):
     """name -> (kind of optimizer, its group), each parameter exactly once."""
     model = Decoder(MODEL)
     init_weights(model)
-    named = dict(model.named_parameters())
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
     names = {p: name for name, p in named.items()}
     optimizers = make_optimizers(named, TrainConfig(optim=optim, **settings))
     found = [

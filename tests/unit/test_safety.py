@@ -27,7 +27,7 @@ NEVER_IMPORTED |= {"transformers", "peft", "trl"}  # referees in tests; nothing 
 NEVER_CALLED = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load", "torch.hub.load",
     "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "pandas.read_pickle", "pd.read_pickle",
-    "jinja2.Environment", "jinja2.Template", "Environment", "Template",
+    "jinja2.Environment", "jinja2.Template",  # where the sandboxed one is meant
 }  # fmt: skip
 
 
@@ -46,6 +46,8 @@ def faults(module: ast.Module) -> list[str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             found += [f"{line}: import {name}" for name in names if name.split(".")[0] in NEVER_IMPORTED]
+            if names == ["jinja2"] and {a.name for a in node.names} & {"Environment", "Template"}:
+                found.append(f"{line}: templates outside the sandbox")
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
             keywords = {k.arg: k.value for k in node.keywords}
@@ -76,6 +78,7 @@ def test_nothing_runs_code_from_a_file(name):
         "import pickle", "from pickle import loads", "import torch; torch.load('x')", "eval('1')", "exec(s)",
         "import yaml; yaml.load(s)", "np.load(p)", "np.load(p, allow_pickle=True)", "f(trust_remote_code=True)",
         "subprocess.run(c, shell=True)", "x = {'trust_remote_code': True}", "from transformers import AutoModel",
+        "from jinja2 import Template",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_it_looks_for(code):
@@ -188,4 +191,4 @@ def test_the_public_names_are_all_there():
     for name in zero2hero.__all__:
         assert getattr(zero2hero, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        _ = zero2hero.lod  # type: ignore[attr-defined]
+        _ = zero2hero.lod

@@ -1,7 +1,7 @@
 """A decoder prepared for generation: the same mathematics, with everything that never changes done once.
 
 At batch size 1 a step is matrix times vector: it costs the reading of the weights, and the fixed price of each
-small operation (a few microseconds, some twenty of them per layer). So the weights are laid out once for the
+small operation (a few microseconds, some forty of them per layer). So the weights are laid out once for the
 product at hand, and the projections that read the same input become one:
 
 - fp32 on a CPU: transposed to [in, out], so that the product runs along contiguous rows of outputs;
@@ -33,8 +33,8 @@ from zero2hero.nn.masks import Mask
 from zero2hero.nn.norms import RMSNorm
 
 Function = Callable[[Tensor], Tensor]
+Projection = Callable[..., Tensor]  # (rows, residual = None) -> rows
 Rotation = tuple[Tensor, Tensor]
-
 
 _PREPARED: WeakKeyDictionary[Decoder, tuple[list[tuple], PreparedDecoder]] = WeakKeyDictionary()
 
@@ -142,10 +142,11 @@ class _PreparedBlock:
     def __call__(
         self, x: Tensor, B: int, mask: Mask, rotation: Rotation | None, cache: KVCache, layer: int, slots: Any
     ) -> Tensor:
-        x = x + self.output(self._attention(self.qkv(self.input_norm(x)), B, mask, rotation, cache, layer, slots))
+        y = self._attention(self.qkv(self.input_norm(x)), B, mask, rotation, cache, layer, slots)
+        x = self.output(y, x)
         y = self.up(self.post_norm(x))
         y = self.activation(y[:, : self.inner]).mul_(y[:, self.inner :]) if self.gated else self.activation(y)
-        return x + self.down(y)
+        return self.down(y, x)
 
     def _attention(
         self, qkv: Tensor, B: int, mask: Mask, rotation: Rotation | None, cache: KVCache, layer: int, slots: Any
@@ -171,11 +172,11 @@ class _PreparedBlock:
 # ---------------------------------------------------------------- the parts
 
 
-def _linear(*projections: nn.Module) -> Function:
-    """Apply projections of one input together: rows [N, D] -> their outputs side by side."""
+def _linear(*projections: nn.Module) -> Projection:
+    """Apply projections of one input together: rows [N, D] -> their outputs side by side, plus a residual."""
     linears = [p for p in projections if type(p) is nn.Linear]
     if len(linears) < len(projections):
-        return projections[0] if len(projections) == 1 else lambda x: torch.cat([p(x) for p in projections], -1)
+        return _with_residual(lambda x: torch.cat([p(x) for p in projections], -1))
     weights = [p.weight.detach() for p in linears]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias: Tensor | None = None
@@ -183,12 +184,35 @@ def _linear(*projections: nn.Module) -> Function:
         zeros = [w.new_zeros(w.shape[0]) for w in weights]
         bias = torch.cat([z if p.bias is None else p.bias.detach() for p, z in zip(linears, zeros)])
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        transposed = weight.t().contiguous()
-        return lambda x: torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
+        return _transposed(weight, bias)
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+        return _prepacked(weight, bias)
+    return _with_residual(lambda x: F.linear(x, weight, bias))
+
+
+def _transposed(weight: Tensor, bias: Tensor | None) -> Projection:
+    weight = weight.t().contiguous()
+
+    def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torch.mm(x, weight) if residual is None else torch.addmm(residual, x, weight)
+        return y if bias is None else y.add_(bias)
+
+    return linear
+
+
+def _prepacked(weight: Tensor, bias: Tensor | None) -> Projection:
+    weight, apply = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+
+    def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return apply(x, weight, bias, "none", [], "")
+        return apply.binary(x, residual, weight, bias, "add")
+
+    return linear
+
+
+def _with_residual(function: Function) -> Projection:
+    return lambda x, residual=None: function(x) if residual is None else residual + function(x)
 
 
 def _norm(norm: nn.Module) -> Function:

@@ -184,9 +184,9 @@ def choose(
     """
     logits = transform(logits, config, seen)
     tokens = logits.argmax(-1) if config.greedy else sample(logits, streams)
-    # a token out of range can only come from NaN; it is caught just below
-    picked = logits.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[:, None])[:, 0]
-    logprobs = (picked - logits.logsumexp(-1)).tolist()
+    # NaN may give a token out of range; it is caught just below
+    picked = tokens[:, None].clamp(max=logits.shape[-1] - 1)
+    logprobs = logits.log_softmax(-1).gather(-1, picked)[:, 0].tolist()
     if any(map(math.isnan, logprobs)):
         raise UserError(
             "the model's logits are not numbers (NaN): its weights are damaged or training diverged. Load an "

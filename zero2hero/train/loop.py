@@ -101,7 +101,7 @@ class Trainer:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
         self.masters = MasterWeights(model, dtype)
-        self.optimizers = make_optimizers(self.masters.parameters, config)
+        self.optimizers = make_optimizers(self.masters.parameters, config, dtype)
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.state = State()

@@ -42,11 +42,21 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay. Every parameter is a matrix."""
+    """Muon with Nesterov momentum and decoupled weight decay. Every parameter is a matrix.
+
+    `dtype`: of the orthogonalization's products; bf16 does no harm there, for singular values only come near 1 anyway.
+    """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
             by_shape[p.shape].append(p)
@@ -63,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov: look one step ahead
-            update = orthogonalize(torch.stack(grads), group["steps"])
+            update = orthogonalize(torch.stack(grads).to(self.dtype), group["steps"]).float()
             rows, columns = update.shape[-2:]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
@@ -75,8 +85,10 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
-def make_optimizers(parameters: dict[str, Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run for named (fp32) parameters.
+def make_optimizers(
+    parameters: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run for named (fp32) parameters; `dtype` is what the model computes in.
 
     Matrices of the layers go to Muon (or AdamW), with weight decay. Embeddings and head go to AdamW, with learning
     rates of their own. Norms and biases go to AdamW without decay: pulling a scale towards zero does not regularize.
@@ -97,7 +109,7 @@ def make_optimizers(parameters: dict[str, Tensor], config: TrainConfig) -> list[
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optim == "muon" and kinds["matrices"]:
-        optimizers.append(Muon(kinds["matrices"], lr=lr, weight_decay=decay))
+        optimizers.append(Muon(kinds["matrices"], lr=lr, weight_decay=decay, dtype=dtype))
     else:
         groups.append({"params": kinds["matrices"], "lr": lr, "weight_decay": decay})
     groups = [g for g in groups if g["params"]]

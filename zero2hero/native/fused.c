@@ -1,0 +1,225 @@
+/* The elementwise halves of a training step on a CPU, each in one pass over memory.
+
+   Between two matrix products a Transformer normalizes, rotates, gates and takes softmaxes. As single tensor operations
+   each of these reads and writes its operands several times, and memory, not arithmetic, is what a CPU runs out of. A
+   kernel here keeps a row in the core's cache until it is done. The definitions are the tensor operations beside which
+   each kernel is called (zero2hero/nn); these are the same formulas.
+
+   Every kernel exists for fp32 and bf16 (this file includes itself once for each) and computes in fp32. Rows are
+   divided among the threads in fixed parts and sums are made in a fixed order: same threads, same result. The loops are
+   plain; the compiler makes vector instructions of them. */
+
+#ifndef REAL /* ---- what both precisions share; then the kernels, twice -------------------------------------------- */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef union {
+    float f;
+    uint32_t u;
+    int32_t i;
+} bits;
+
+static inline float bf16_load(uint16_t x) { return (bits){.u = (uint32_t)x << 16}.f; }
+
+static inline uint16_t bf16_store(float x) { /* to the nearest, ties to even; not a number stays so */
+    uint32_t u = (bits){.f = x}.u;
+    uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return (uint16_t)((u & 0x7FFFFFFF) > 0x7F800000 ? u >> 16 | 0x40 : rounded);
+}
+
+/* e^x = 2^n e^r with r = x - n ln 2 in [-0.35, 0.35] and a polynomial for e^r: two units in the last place. */
+static inline float exponential(float x) {
+    float clamped = x < -88.0f ? -88.0f : x; /* there n = -127, whose power below is zero */
+    clamped = clamped > 88.0f ? 88.0f : clamped;
+    int32_t n = (int32_t)rintf(clamped * 1.44269504f);
+    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666666e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return p * (bits){.i = (n + 127) << 23}.f;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+#define ROWS_IN_PARALLEL _Pragma("omp parallel for num_threads((int)threads) schedule(static)")
+#define SIMD_MAXIMUM _Pragma("omp simd reduction(max : most)")
+
+#define REAL float
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#define NAME(kernel) kernel##_fp32
+#include __FILE__
+#undef REAL
+#undef LOAD
+#undef STORE
+#undef NAME
+
+#define REAL uint16_t
+#define LOAD(x) bf16_load(x)
+#define STORE(x) bf16_store(x)
+#define NAME(kernel) kernel##_bf16
+#include __FILE__
+
+#else /* ---- the kernels ------------------------------------------------------------------------------------------- */
+
+/* RMSNorm: y = w x r with r = 1 / sqrt(mean(x^2) + eps). x, y [rows, width]; r [rows]. */
+void NAME(rms_norm)(const REAL *x, const REAL *w, REAL *y, float *r, i64 rows, i64 width, float eps, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *restrict xs = x + row * width, *restrict ws = w;
+        REAL *restrict ys = y + row * width;
+        float squares = 0;
+        for (i64 i = 0; i < width; i++) squares += LOAD(xs[i]) * LOAD(xs[i]);
+        float scale = r[row] = 1.0f / sqrtf(squares / width + eps);
+        for (i64 i = 0; i < width; i++) ys[i] = STORE(LOAD(xs[i]) * scale * LOAD(ws[i]));
+    }
+}
+
+/* Its gradient: with h = w dy, dx = r (h - x r mean(h x r)); dw [threads, width] gets each part's sum of dy x r. */
+void NAME(rms_norm_backward)(const REAL *x, const REAL *w, const float *r, const REAL *dy, REAL *dx, float *dw,
+                             i64 rows, i64 width, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 part = 0; part < threads; part++) {
+        const REAL *restrict ws = w;
+        float *restrict sums = dw + part * width;
+        for (i64 i = 0; i < width; i++) sums[i] = 0;
+        for (i64 row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
+            const REAL *restrict xs = x + row * width, *restrict dys = dy + row * width;
+            REAL *restrict dxs = dx + row * width;
+            float scale = r[row], mean = 0;
+            for (i64 i = 0; i < width; i++) {
+                float product = LOAD(dys[i]) * LOAD(xs[i]) * scale;
+                mean += product * LOAD(ws[i]);
+                sums[i] += product;
+            }
+            mean *= scale / width;
+            for (i64 i = 0; i < width; i++)
+                dxs[i] = STORE(scale * (LOAD(dys[i]) * LOAD(ws[i]) - LOAD(xs[i]) * mean));
+        }
+    }
+}
+
+/* Rotary positions: turn each pair (x[i], x[i + K/2]) by its angle, forth (direction 1) or back (-1), or only copy (0).
+   x and y are [B, T, H, K] with any strides but the last; cos and sin [B, T, K/2], also strided. */
+void NAME(rotate)(const REAL *x, i64 xb, i64 xt, i64 xh, REAL *y, i64 yb, i64 yt, i64 yh, const REAL *cos,
+                  const REAL *sin, i64 ab, i64 at, i64 B, i64 T, i64 H, i64 K, float direction, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < B * T; row++) {
+        i64 b = row / T, t = row % T, half = K / 2;
+        for (i64 h = 0; h < H; h++) {
+            const REAL *restrict xs = x + b * xb + t * xt + h * xh;
+            REAL *restrict ys = y + b * yb + t * yt + h * yh;
+            if (direction == 0) {
+                memcpy(ys, xs, K * sizeof(REAL));
+                continue;
+            }
+            const REAL *restrict c = cos + b * ab + t * at, *restrict s = sin + b * ab + t * at;
+            for (i64 i = 0; i < half; i++) {
+                float first = LOAD(xs[i]), second = LOAD(xs[half + i]), turn = LOAD(s[i]) * direction;
+                ys[i] = STORE(first * LOAD(c[i]) - second * turn);
+                ys[half + i] = STORE(second * LOAD(c[i]) + first * turn);
+            }
+        }
+    }
+}
+
+/* SwiGLU: y = silu(gate) up. y [rows, F]; rows of gate and up are `stride` apart. */
+void NAME(silu_product)(const REAL *gate, const REAL *up, i64 stride, REAL *y, i64 rows, i64 F, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *restrict gs = gate + row * stride, *restrict us = up + row * stride;
+        REAL *restrict ys = y + row * F;
+        for (i64 i = 0; i < F; i++) ys[i] = STORE(LOAD(gs[i]) * sigmoid(LOAD(gs[i])) * LOAD(us[i]));
+    }
+}
+
+/* Its gradient: dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s, with s = sigmoid(gate). */
+void NAME(silu_product_backward)(const REAL *gate, const REAL *up, i64 stride, const REAL *dy, REAL *dgate, REAL *dup,
+                                 i64 dstride, i64 rows, i64 F, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *restrict gs = gate + row * stride, *restrict us = up + row * stride, *restrict dys = dy + row * F;
+        REAL *restrict dgs = dgate + row * dstride, *restrict dus = dup + row * dstride;
+        for (i64 i = 0; i < F; i++) {
+            float g = LOAD(gs[i]), d = LOAD(dys[i]), s = sigmoid(g);
+            dgs[i] = STORE(d * LOAD(us[i]) * s * (1.0f + g * (1.0f - s)));
+            dus[i] = STORE(d * g * s);
+        }
+    }
+}
+
+/* log(sum(exp(scale x))) over the allowed of n numbers (all of them without `allowed`). */
+static inline float NAME(log_sum_exp)(const REAL *restrict x, const uint8_t *restrict allowed, i64 n, float scale) {
+    float most = -INFINITY, sum = 0;
+    if (allowed) {
+        SIMD_MAXIMUM
+        for (i64 i = 0; i < n; i++) {
+            float value = allowed[i] ? LOAD(x[i]) * scale : -INFINITY;
+            most = value > most ? value : most;
+        }
+        for (i64 i = 0; i < n; i++) sum += allowed[i] ? exponential(LOAD(x[i]) * scale - most) : 0.0f;
+    } else {
+        SIMD_MAXIMUM
+        for (i64 i = 0; i < n; i++) {
+            float value = LOAD(x[i]) * scale;
+            most = value > most ? value : most;
+        }
+        for (i64 i = 0; i < n; i++) sum += exponential(LOAD(x[i]) * scale - most);
+    }
+    return most + logf(sum);
+}
+
+/* Attention's weights, in the scores' memory: softmax(scale x) of each row over the keys it may see. x [B, H, T, S].
+   Those are the first t + 1 when `causal`, or what allowed [B or 1, T, S] says (`ab` apart), or all. */
+void NAME(softmax)(REAL *x, const uint8_t *allowed, i64 ab, i64 causal, i64 B, i64 H, i64 T, i64 S, float scale,
+                   i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < B * H * T; row++) {
+        i64 b = row / (H * T), t = row % T, n = causal ? t + 1 : S;
+        REAL *restrict xs = x + row * S;
+        const uint8_t *restrict seen = allowed && !causal ? allowed + b * ab + t * S : 0;
+        float total = NAME(log_sum_exp)(xs, seen, n, scale);
+        if (seen)
+            for (i64 i = 0; i < n; i++) xs[i] = STORE(seen[i] ? exponential(LOAD(xs[i]) * scale - total) : 0.0f);
+        else
+            for (i64 i = 0; i < n; i++) xs[i] = STORE(exponential(LOAD(xs[i]) * scale - total));
+        memset(xs + n, 0, (S - n) * sizeof(REAL));
+    }
+}
+
+/* Its gradient, in the memory of dy: dx = scale y (dy - sum(y dy)). y, dy [rows, S], row r of them at time r % T. */
+void NAME(softmax_backward)(const REAL *y, REAL *dy, i64 causal, i64 rows, i64 T, i64 S, float scale, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        i64 n = causal ? row % T + 1 : S;
+        const REAL *restrict ys = y + row * S;
+        REAL *restrict dys = dy + row * S;
+        float sum = 0;
+        for (i64 i = 0; i < n; i++) sum += LOAD(ys[i]) * LOAD(dys[i]);
+        for (i64 i = 0; i < n; i++) dys[i] = STORE(scale * LOAD(ys[i]) * (LOAD(dys[i]) - sum));
+        memset(dys + n, 0, (S - n) * sizeof(REAL));
+    }
+}
+
+/* The target's log-probability under softmax(scale x) for each row of x [rows, V]. With `gradient` each row becomes
+   weight (softmax(scale x) - onehot(target)); without `weights` they are 1. */
+void NAME(log_likelihood)(REAL *x, const i64 *targets, float *logprobs, i64 gradient, const float *weights, i64 rows,
+                          i64 V, float scale, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        REAL *restrict xs = x + row * V;
+        float total = NAME(log_sum_exp)(xs, 0, V, scale), weight = weights ? weights[row] : 1.0f;
+        logprobs[row] = LOAD(xs[targets[row]]) * scale - total;
+        if (!gradient) continue;
+        for (i64 i = 0; i < V; i++) xs[i] = STORE(weight * exponential(LOAD(xs[i]) * scale - total));
+        xs[targets[row]] = STORE(weight * (expf(logprobs[row]) - 1.0f));
+    }
+}
+
+#endif
