@@ -118,7 +118,7 @@ def set_up_bf16(setup: str) -> None:
     if setup == "no tiles":  # oneDNN then uses the plain bf16 instructions
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     elif setup == "tiles described":
-        library = _native("amx_tiles")
+        library = native_library("amx_tiles")
         if library.amx_tiles_begin() != 0:
             raise OSError("this kernel cannot trap the CPUID instruction")
         try:
@@ -142,18 +142,38 @@ def _use_every_bf16_kernel() -> None:
         F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
 
 
-def _native(name: str) -> ctypes.CDLL:
-    """Compile native/NAME.c once, into the cache folder, and load it."""
+def native_library(name: str, *flags: str) -> ctypes.CDLL:
+    """Compile native/NAME.c once per processor, into the cache folder, and load it.
+
+    Raises:
+        OSError: no compiler, or a library that cannot be loaded here.
+        subprocess.SubprocessError: the compiler failed.
+    """
     source = Path(__file__).parent / "native" / f"{name}.c"
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    key = [*flags, source.read_text(), *sorted(_processor_features())]
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{name}-{digest}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        command = ["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(temporary, path)
+        compiled, linked = path.with_suffix(f".{os.getpid()}.o"), path.with_suffix(f".{os.getpid()}")
+        # linked without the flags: -ffast-math there would change every thread's arithmetic, -fopenmp would bring a
+        # second OpenMP beside torch's
+        for command in (
+            ["cc", "-O2", *flags, "-fPIC", "-c", str(source), "-o", str(compiled)],
+            ["cc", "-shared", str(compiled), "-lm", "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        compiled.unlink()
+        os.replace(linked, path)
     return ctypes.CDLL(str(path))
+
+
+def _processor_features() -> set[str]:
+    """What decides which instructions a compiler may use for this processor; its name alone does not, in a VM."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return {line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))}
+    return {processor_name()}
 
 
 def prepare() -> Machine:
