@@ -1,7 +1,7 @@
 """Time to quality: tiny Shakespeare by characters, on two CPU cores.
 
-The whole validation split (the last 10 % of the text), non-overlapping windows of 256, no test-time tricks. The models are
-plain published architectures (Llama's, or Arcee's with ReLU²) that export to Hugging Face. Landmarks: nanoGPT's CPU
+The whole validation split (the last 10 % of the text), non-overlapping windows of 256, no test-time tricks. The models
+are plain published architectures (Llama's, or Arcee's with ReLU²) that export to Hugging Face. Landmarks: nanoGPT's CPU
 recipe reaches 1.88 nats, and its README's A100 recipe 1.4697 in three minutes.
 
 The number of steps for a time budget is set beforehand from the speed of a few steps of each row length; the seconds
@@ -132,8 +132,10 @@ def main() -> None:
             "tokens": train.max_steps * train.per_device_train_batch_size * train.max_length,
             "shape": f"{shape.num_hidden_layers} x {shape.hidden_size} {shape.feedforward}", "dtype": str(race.dtype),
         }  # fmt: skip
-        rows.append({"budget s": budget, "used s": round(max(seconds), 1), "steps": train.max_steps,
-                     "nats, median": round(median, 4), "all": str([round(x, 4) for x in losses]), "target": target or ""})  # fmt: skip
+        rows.append({
+            "budget s": budget, "used s": round(max(seconds), 1), "steps": train.max_steps,
+            "nats, median": round(median, 4), "all": str([round(x, 4) for x in losses]), "target": target or "",
+        })  # fmt: skip
         print(table(rows[-1:]), flush=True)
     print(table(rows))
     print(record("shakespeare", results))

@@ -31,7 +31,7 @@ def worker(name: str, shape: str, seconds: float) -> None:
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1))
     step = (_ours if name.startswith("ours") else _transformers)(name, *SHAPES[shape], ids)
     times = []
-    for i in range(3):
+    for _ in range(3):
         step()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:

@@ -2,7 +2,7 @@
 
 Built-in stories and Python's own language reference become tokens, the tokens a small Llama, and what the model writes
 is shown again and again while it learns. It is an ordinary pretraining run with settings chosen for two CPU cores:
-a small vocabulary (so the head does not eat the budget), Muon, short rows first, and a learning rate that falls to zero.
+a small vocabulary (so the head does not eat the budget), Muon, short rows first, a learning rate that falls to zero.
 """
 
 from __future__ import annotations

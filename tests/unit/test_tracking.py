@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from zero2hero import progress
 from zero2hero.errors import UserError
-from zero2hero.train import progress
 from zero2hero.progress import TrainingProgress, clock, human_count, track
 from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
 

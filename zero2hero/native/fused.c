@@ -154,6 +154,31 @@ void NAME(silu_product_backward)(const REAL *gate, const REAL *up, i64 stride, c
     }
 }
 
+/* ReLU squared, y = max(x, 0)^2, and its gradient, dx = 2 max(x, 0) dy. All [rows, F]. */
+void NAME(relu2)(const REAL *x, REAL *y, i64 rows, i64 F, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *restrict xs = x + row * F;
+        REAL *restrict ys = y + row * F;
+        for (i64 i = 0; i < F; i++) ys[i] = STORE(LOAD(xs[i]) > 0 ? LOAD(xs[i]) * LOAD(xs[i]) : 0.0f);
+    }
+}
+
+void NAME(relu2_backward)(const REAL *x, const REAL *dy, REAL *dx, i64 rows, i64 F, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *restrict xs = x + row * F, *restrict dys = dy + row * F;
+        REAL *restrict dxs = dx + row * F;
+        for (i64 i = 0; i < F; i++) dxs[i] = STORE((LOAD(xs[i]) > 0 ? 2.0f * LOAD(xs[i]) : 0.0f) * LOAD(dys[i]));
+    }
+}
+
+/* total += part, in fp32: gradients of many micro-batches. */
+void NAME(accumulate)(float *total, const REAL *part, i64 count, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 i = 0; i < count; i++) total[i] += LOAD(part[i]);
+}
+
 /* log(sum(exp(scale x))) over the allowed of n numbers (all of them without `allowed`). */
 static inline float NAME(log_sum_exp)(const REAL *restrict x, const uint8_t *restrict allowed, i64 n, float scale) {
     float most = -INFINITY, sum = 0;

@@ -15,12 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from zero2hero.nn import native
 from zero2hero.nn.kv_cache import KVCache
-from zero2hero.nn.linear import joint_linear
+from zero2hero.nn.linear import joint_linear, linear
 from zero2hero.nn.masks import Mask
 from zero2hero.nn.norms import RMSNorm
-from zero2hero.nn.positions import rotate
+from zero2hero.nn.positions import rotate_queries_and_keys
 
 
 def use_explicit(q_BHTK: Tensor) -> bool:
@@ -30,6 +32,8 @@ def use_explicit(q_BHTK: Tensor) -> bool:
 
 def explicit_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v with plain products. All [B, H, T, K] -> [B, H, T, K]."""
+    if native.usable(q_BHTK, k_BHSK, v_BHSK):
+        return _ExplicitAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale)
     B, H, T, K = q_BHTK.shape
     q, k, v = (x.reshape(B * H, -1, K) for x in (q_BHTK, k_BHSK, v_BHSK))
     if mask.allowed is None:
@@ -37,6 +41,33 @@ def explicit_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mas
     else:
         scores = torch.baddbmm(mask.bias(B, H, q.dtype), q, k.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
+
+
+class _ExplicitAttention(torch.autograd.Function):
+    """The same, with the softmax in the scores' memory: y = p v with p = softmax(scale q k^T).
+
+    dv = p^T dy; the scores' gradient ds comes from dp = dy v^T through the softmax; dq = ds k and dk = ds^T q.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask, scale: float) -> Tensor:
+        B, H, T, K = q_BHTK.shape
+        q, k, v = (x.reshape(B * H, -1, K) for x in (q_BHTK, k_BHSK, v_BHSK))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(B, H, T, -1)
+        p = native.softmax_(scores, mask.allowed, mask.causal, scale).view(B * H, T, -1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.causal, ctx.scale, ctx.batch_size = mask.causal, scale, B
+        return torch.bmm(p, v).view(B, H, T, K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, p = ctx.saved_tensors
+        grad = grad.reshape(q.shape)
+        grad_p = torch.bmm(grad, v.transpose(1, 2))
+        grad_scores = native.softmax_backward_(p, grad_p, ctx.causal, ctx.scale)
+        grads = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
+        return *(g.view(ctx.batch_size, -1, *g.shape[1:]) for g in grads), None, None
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
@@ -96,11 +127,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k, v = rotate_queries_and_keys(q, k, v, *rotation)
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
             assert slots is not None
             k, v = cache.update(layer, k, v, slots)
         y = attend(q.transpose(1, 2), k, v, mask, self.scale, self.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)

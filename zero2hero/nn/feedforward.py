@@ -12,13 +12,28 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from zero2hero.nn.linear import joint_linear
+from zero2hero.nn import native
+from zero2hero.nn.linear import joint_linear, linear
+
+
+class _ReLU2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return native.relu2(x) if native.usable(x) else F.relu(x).square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return native.relu2_backward(x, grad) if native.usable(x, grad) else F.relu(x).mul_(grad).mul_(2.0)
 
 
 def relu2(x: Tensor) -> Tensor:
     """`max(x, 0)²`."""
-    return F.relu(x).square()
+    return _ReLU2.apply(x)
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -44,11 +59,16 @@ class _SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if native.usable(gate, up):
+            return native.silu_product(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
+        if native.usable(gate, up, grad):
+            return native.silu_product_backward(gate, up, grad)
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
@@ -69,5 +89,5 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
             gate, up = joint_linear(x, self.gate_proj, self.up_proj)
-            return self.down_proj(_SiluProduct.apply(gate, up))
-        return self.down_proj(ACTIVATIONS[self.kind](self.up_proj(x)))
+            return linear(_SiluProduct.apply(gate, up), self.down_proj)
+        return linear(ACTIVATIONS[self.kind](linear(x, self.up_proj)), self.down_proj)

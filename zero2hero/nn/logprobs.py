@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from zero2hero.nn import native
+
 IGNORE = -100  # the target of a position that has none
 
 
@@ -30,19 +32,29 @@ def _chunks(count: int, vocab_size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _scores(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One chunk's log-probabilities in fp32: of every token [n, V], and of the targets [n]."""
+def _scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, grad: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """One chunk's log-probabilities of the targets [n] in fp32; with `grad` [n] also the logits' gradient [n, V].
+
+    Of a log-probability it is (onehot(target) - softmax(logits / temperature)) / temperature, times the token's `grad`.
+    """
     logits = hidden @ weight.t()
+    if native.usable(logits):
+        weights = None if grad is None else grad.float() / -temperature
+        logprobs = native.log_likelihood_(
+            logits, targets, gradient=grad is not None, weights=weights, scale=1.0 / temperature
+        )
+        return logprobs, None if grad is None else logits
     if temperature != 1.0:
         logits = logits.float().div_(temperature)
     everything = torch.log_softmax(logits, -1, dtype=torch.float32)
-    return everything, everything.gather(-1, targets[:, None])[:, 0]
-
-
-def _probabilities_minus_target(logprobs: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the negative log-likelihood with respect to the logits, in the log-probabilities' memory."""
-    gradient = logprobs.exp_()
-    return gradient.scatter_add_(-1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    logprobs = everything.gather(-1, targets[:, None])[:, 0]
+    if grad is None:
+        return logprobs, None
+    gradient = everything.exp_()
+    gradient.scatter_add_(-1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    return logprobs, gradient.mul_(-grad[:, None] / temperature).to(weight.dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -50,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
         logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
         for c in _chunks(len(targets), len(weight)):
-            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[1]
+            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[0]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
         return logprobs
@@ -61,9 +73,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
-            everything, _ = _scores(hidden[c], weight, targets[c], ctx.temperature)
-            gradient = _probabilities_minus_target(everything, targets[c])
-            gradient = gradient.mul_(-grad[c, None] / ctx.temperature).to(weight.dtype)
+            _, gradient = _scores(hidden[c], weight, targets[c], ctx.temperature, grad[c])
             grad_hidden[c] = gradient @ weight
             _accumulate(grad_weight, gradient, hidden[c])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
@@ -73,12 +83,12 @@ class _NLLSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
+        minus_ones = hidden.new_full((len(targets),), -1.0, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
-            everything, logprobs = _scores(hidden[c], weight, targets[c], 1.0)
+            logprobs, gradient = _scores(hidden[c], weight, targets[c], grad=minus_ones[c])
             total -= logprobs.sum()
-            gradient = _probabilities_minus_target(everything, targets[c]).to(weight.dtype)
             torch.mm(gradient, weight, out=grad_hidden[c])
             _accumulate(grad_weight, gradient, hidden[c])
         ctx.weight_dtype = weight.dtype
@@ -99,7 +109,7 @@ def _accumulate(grad_weight: Tensor | None, gradient: Tensor, hidden: Tensor) ->
     if gradient.dtype == torch.float32:
         grad_weight.addmm_(gradient.t(), hidden)
     else:
-        grad_weight += gradient.t() @ hidden
+        native.accumulate_(grad_weight, gradient.t() @ hidden)
 
 
 def _with_targets(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

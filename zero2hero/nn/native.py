@@ -141,6 +141,28 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, int, int]:
     return a, b, *rows
 
 
+def relu2(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _run("relu2", x, x, y, x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    return y
+
+
+def relu2_backward(x: Tensor, grad: Tensor) -> Tensor:
+    x, grad = x.contiguous(), grad.contiguous()
+    grad_x = torch.empty_like(x)
+    _run("relu2_backward", x, x, grad, grad_x, x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    return grad_x
+
+
+def accumulate_(total: Tensor, part: Tensor) -> None:
+    """total (fp32) += part in one pass; torch would first make an fp32 copy of a bf16 part. Works on all devices."""
+    if usable(part) and total.dtype == torch.float32 and total.is_contiguous() and part.is_contiguous():
+        _run("accumulate", part, total, part, part.numel())
+    else:
+        total += part
+
+
 def softmax_(scores_BHTS: Tensor, allowed_BTS: Tensor | None, causal: bool, scale: float) -> Tensor:
     """softmax(scale * scores) over the keys each query may see, in the scores' memory (contiguous)."""
     B, H, T, S = scores_BHTS.shape

@@ -6,13 +6,16 @@ and what Llama, Qwen and Gemma use. Statistics are computed in fp32 whatever the
 because a bf16 mean of squares keeps only 8 bits.
 
 RMSNorm's gradient is written out: autograd would go back through every cast and product one by one, in some twenty
-passes over memory instead of eight.
+passes over memory instead of eight (or two, in a native kernel).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from zero2hero.nn import native
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -23,15 +26,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normalized = x * scale.to(x.dtype)
-        ctx.save_for_backward(normalized, scale, weight)
-        return normalized * weight
+        if native.usable(x, weight):
+            y, scale = native.rms_norm(x, weight, eps)
+        else:
+            squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+            scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+            y = (x * scale.to(x.dtype)).mul_(weight)
+        ctx.save_for_backward(x, scale, weight)
+        return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        normalized, scale, weight = ctx.saved_tensors
+        x, scale, weight = ctx.saved_tensors
+        if native.usable(x, weight, grad):
+            return *native.rms_norm_backward(x, weight, scale, grad), None
+        normalized = x * scale.to(x.dtype)
         product = grad * normalized
         grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = (product @ weight)[..., None] / weight.numel()

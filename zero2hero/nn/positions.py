@@ -14,6 +14,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from zero2hero.nn import native
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
@@ -54,30 +57,51 @@ class Rotary(nn.Module):
 
 
 class _Rotate(torch.autograd.Function):
-    """The rotation of every pair (x1, x2); its gradient is the rotation by the opposite angle."""
+    """The rotation of every pair (x1, x2) of the first `turned` tensors; its gradient is the opposite rotation.
+
+    The rest (values) are only laid out anew, as [B, H, T, K] in memory: what attention reads. Their gradients are
+    written side by side, because they are parts of one projection's output.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, turned: int, cos: Tensor, sin: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1.0)
+        ctx.turned = turned
+        out = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in parts]
+        for i, (x, y) in enumerate(zip(parts, out)):
+            _rotate_into(y, x, cos, sin, 1.0 if i < turned else 0.0)
+        return tuple(out)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1.0), None, None
+        B, T, _, K = grads[0].shape
+        heads = [g.shape[2] for g in grads]
+        out = grads[0].new_empty(B, T, sum(heads), K).split(heads, dim=2)
+        for i, (grad, y) in enumerate(zip(grads, out)):
+            _rotate_into(y, grad, cos, sin, -1.0 if i < ctx.turned else 0.0)
+        return None, None, None, *out
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    B, T, H, K = x.shape
-    out = x.new_empty(B, H, T, K).transpose(1, 2)  # laid out as attention reads it: no copy later
-    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(x1, cos, out=out1)
-    out1.addcmul_(x2, sin, value=-direction)
-    torch.mul(x2, cos, out=out2)
-    out2.addcmul_(x1, sin, value=direction)
-    return out
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> None:
+    if native.usable(x, cos, sin):
+        native.rotate(x, cos, sin, direction, out)
+    elif direction == 0.0:
+        out.copy_(x)
+    else:
+        (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
+        torch.mul(x1, cos, out=out1)
+        out1.addcmul_(x2, sin, value=-direction)
+        torch.mul(x2, cos, out=out2)
+        out2.addcmul_(x1, sin, value=direction)
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [B, T, H, K] by the angles of `Rotary`."""
-    return _Rotate.apply(x_BTHK, cos, sin)
+    return _Rotate.apply(1, cos, sin, x_BTHK)[0]
+
+
+def rotate_queries_and_keys(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Rotate q [B, T, H, K] and k [B, T, G, K]; v [B, T, G, K] only gets their layout. Same shapes out."""
+    return _Rotate.apply(2, cos, sin, q, k, v)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zero2hero.nn.native import accumulate_
+
 
 class MasterWeights:
     """The fp32 parameters that the optimizer owns, by name; the model computes in `dtype`."""
@@ -36,7 +38,7 @@ class MasterWeights:
         """Add a micro-batch's gradient to the master's, in fp32, as soon as it is complete."""
         assert copy.grad is not None
         assert master.grad is not None
-        master.grad += copy.grad
+        accumulate_(master.grad, copy.grad)
         copy.grad = None
 
     def zero_grad(self) -> None:
