@@ -1,8 +1,8 @@
 """The quickstart: from raw text to a model that writes, in minutes, with nothing to download.
 
-Built-in stories and Python's own language reference become tokens, the tokens a small Llama, and what the model writes
+Built-in stories and Python's own language reference become tokens, the tokens a small Qwen3, and what the model writes
 is shown again and again while it learns. It is an ordinary pretraining run with settings chosen for two CPU cores:
-a small vocabulary (so the head does not eat the budget), Muon, short rows first, a learning rate that falls to zero.
+a small vocabulary (so the head does not eat the budget), Muon, many small steps, a learning rate that falls to zero.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def settings(config: QuickstartConfig) -> PretrainConfig:
         precision=config.precision,
         device=config.device,
         tokenizer=TokenizerConfig(vocab_size=2048),
-        model=DecoderConfig(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, max_position_embeddings=512),
+        model=DecoderConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, qk_norm=True),
         train=TrainConfig(
             max_steps=config.steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
             max_length=256,
-            length_schedule=[0.3],
             learning_rate=0.01,
+            eval_steps=max(1, config.steps // 4),
+            sample_steps=max(1, config.steps // 8),
             seed=config.seed,
         ),
     )
