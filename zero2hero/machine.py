@@ -114,11 +114,13 @@ def _measured(dtype: str, threads: int, setup: str) -> float | None:
 
 def set_up_bf16(setup: str) -> None:
     """Make bf16 products safe in this process; before its first one."""
+    import torch
 
     if setup == "no tiles":  # oneDNN then uses the plain bf16 instructions
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     elif setup == "tiles described":
         library = native_library("amx_tiles")
+        torch.ones(1 << 20).exp_()  # starts torch's threads, which must not be born inside the window
         if library.amx_tiles_begin() != 0:
             raise OSError("this kernel cannot trap the CPUID instruction")
         try:

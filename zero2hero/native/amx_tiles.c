@@ -7,7 +7,10 @@
    Between amx_tiles_begin and amx_tiles_end the calling thread's CPUID instructions fault (arch_prctl
    ARCH_SET_CPUID, Linux), and the handler answers them: as the processor does, but with the architecture's only tile
    palette filled in (Intel SDM volume 2, CPUID leaves 1DH and 1EH: 8 tiles of 16 rows by 64 bytes). oneDNN asks once,
-   at its first bf16 product, and remembers; so the window is as short as one small product. */
+   at its first bf16 products, and remembers; so the window is as short as a few small products.
+
+   A thread that starts inside the window inherits the trap. So the caller starts torch's threads beforehand, and the
+   handler stays after the window: a thread that is still trapped is answered once more, and freed. */
 
 #define _GNU_SOURCE
 #include <cpuid.h>
@@ -20,6 +23,7 @@
 #define ARCH_SET_CPUID 0x1012
 
 static struct sigaction previous;
+static volatile int window_open, installed;
 
 static void answer(int number, siginfo_t *info, void *context) {
     (void)number, (void)info;
@@ -32,7 +36,7 @@ static void answer(int number, siginfo_t *info, void *context) {
     unsigned leaf = (unsigned)reg[REG_RAX], sub = (unsigned)reg[REG_RCX], a, b, c, d;
     syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
     __cpuid_count(leaf, sub, a, b, c, d);
-    syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
+    if (window_open) syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
     if (leaf == 0 && a < 0x1E) a = 0x1E;
     if (leaf == 0x1D && sub == 0) a = 1, b = c = d = 0;
     if (leaf == 0x1D && sub == 1) a = 8192 | 1024u << 16, b = 64 | 8u << 16, c = 16, d = 0;
@@ -46,11 +50,12 @@ int amx_tiles_begin(void) {
     memset(&action, 0, sizeof action);
     action.sa_sigaction = answer;
     action.sa_flags = SA_SIGINFO;
-    if (sigaction(SIGSEGV, &action, &previous)) return -1;
+    if (!installed && sigaction(SIGSEGV, &action, &previous)) return -1;
+    installed = window_open = 1;
     return (int)syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
 }
 
 void amx_tiles_end(void) {
+    window_open = 0;
     syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
-    sigaction(SIGSEGV, &previous, 0);
 }
