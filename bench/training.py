@@ -93,7 +93,7 @@ def _transformers(name: str, width: int, layers: int, heads: int, ids):
 
 
 def main() -> None:
-    rounds, seconds = 3, 6.0
+    rounds, seconds = 3, 4.0
     speeds: dict[str, dict[str, list[float]]] = {s: {c: [] for c in CONTESTANTS} for s in SHAPES}
     for _ in range(rounds):
         for shape in SHAPES:

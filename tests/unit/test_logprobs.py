@@ -196,9 +196,9 @@ def test_positions_without_a_target_are_not_computed(monkeypatch):
     rows = []
     original = logprobs._scores
 
-    def counted(hidden, *rest):
+    def counted(hidden, *rest, **options):
         rows.append(len(hidden))
-        return original(hidden, *rest)
+        return original(hidden, *rest, **options)
 
     monkeypatch.setattr(logprobs, "_scores", counted)
     hidden, weight, _ = problem((100,))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zero2hero.errors import UserError
-from zero2hero.generate.fast import prepare
+from zero2hero.generate.fast import NativeStep, PlainDecoder, prepare
 from zero2hero.generate.sampling import SamplingConfig, choose, random_stream
 from zero2hero.models.decoder import Decoder
 from zero2hero.nn.kv_cache import KVCache
@@ -98,7 +98,10 @@ class _Batch:
 
     @torch.inference_mode()
     def __init__(self, model: Decoder, prompts: list[list[int]], copies: int, longest: int) -> None:
-        self.model, self.prepared = model, prepare(model)
+        self.model, self.native = model, NativeStep.fits(model)
+        alone = self.native and len(prompts) * copies == 1  # then only the prompt is read here: no need to prepare
+        self.prepared = PlainDecoder(model) if alone else prepare(model)
+        self.step: NativeStep | None = None
         self.device = model.embed_tokens.weight.device
         self.cache = model.make_cache(len(prompts), longest)
         self.lengths = [len(prompt) for prompt in prompts]
@@ -119,6 +122,10 @@ class _Batch:
             self.lengths = [self.lengths[i] for i in order]
             _keep(self.cache, order)
         self.cache.truncate(max(self.lengths))
+        if self.native and len(ids) == 1:
+            self.step = self.step or NativeStep(self.model, self.cache)
+            self.logits, self.lengths = self.step(ids[0]), [self.lengths[0] + 1]
+            return
         ragged = min(self.lengths) < self.cache.end
         positions = torch.tensor(self.lengths, device=self.device)[:, None] if ragged else None
         self.logits = self.prepared.logits(self._read([[token_id] for token_id in ids], positions)[:, -1])

@@ -51,9 +51,9 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        end = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
-        if end >= 0:
-            self.stopped = True
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:  # the one that is complete first ends the text, however tokens divide it
+            end, self.stopped = min(found)[1], True
         else:
             end = len(self._held) - (0 if final else self._possible_beginning())
         piece, self._held = self._held[:end], self._held[end:]

@@ -48,6 +48,7 @@ static inline float exponential(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 #define ROWS_IN_PARALLEL _Pragma("omp parallel for num_threads((int)threads) schedule(static)")
+#define WHOLE_VECTORS(n, most) ((n + 31) / 32 * 32 < most ? (n + 31) / 32 * 32 : most) /* a rest goes one by one */
 #define SIMD_MAXIMUM _Pragma("omp simd reduction(max : most)")
 
 #define REAL float
@@ -179,24 +180,15 @@ void NAME(accumulate)(float *total, const REAL *part, i64 count, i64 threads) {
     for (i64 i = 0; i < count; i++) total[i] += LOAD(part[i]);
 }
 
-/* log(sum(exp(scale x))) over the allowed of n numbers (all of them without `allowed`). */
-static inline float NAME(log_sum_exp)(const REAL *restrict x, const uint8_t *restrict allowed, i64 n, float scale) {
+/* log(sum(exp(scale x))) of n numbers. */
+static inline float NAME(log_sum_exp)(const REAL *restrict x, i64 n, float scale) {
     float most = -INFINITY, sum = 0;
-    if (allowed) {
-        SIMD_MAXIMUM
-        for (i64 i = 0; i < n; i++) {
-            float value = allowed[i] ? LOAD(x[i]) * scale : -INFINITY;
-            most = value > most ? value : most;
-        }
-        for (i64 i = 0; i < n; i++) sum += allowed[i] ? exponential(LOAD(x[i]) * scale - most) : 0.0f;
-    } else {
-        SIMD_MAXIMUM
-        for (i64 i = 0; i < n; i++) {
-            float value = LOAD(x[i]) * scale;
-            most = value > most ? value : most;
-        }
-        for (i64 i = 0; i < n; i++) sum += exponential(LOAD(x[i]) * scale - most);
+    SIMD_MAXIMUM
+    for (i64 i = 0; i < n; i++) {
+        float value = LOAD(x[i]) * scale;
+        most = value > most ? value : most;
     }
+    for (i64 i = 0; i < n; i++) sum += exponential(LOAD(x[i]) * scale - most);
     return most + logf(sum);
 }
 
@@ -206,14 +198,16 @@ void NAME(softmax)(REAL *x, const uint8_t *allowed, i64 ab, i64 causal, i64 B, i
                    i64 threads) {
     ROWS_IN_PARALLEL
     for (i64 row = 0; row < B * H * T; row++) {
-        i64 b = row / (H * T), t = row % T, n = causal ? t + 1 : S;
+        i64 t = row % T, n = causal ? WHOLE_VECTORS(t + 1, S) : S;
         REAL *restrict xs = x + row * S;
-        const uint8_t *restrict seen = allowed && !causal ? allowed + b * ab + t * S : 0;
-        float total = NAME(log_sum_exp)(xs, seen, n, scale);
-        if (seen)
-            for (i64 i = 0; i < n; i++) xs[i] = STORE(seen[i] ? exponential(LOAD(xs[i]) * scale - total) : 0.0f);
-        else
-            for (i64 i = 0; i < n; i++) xs[i] = STORE(exponential(LOAD(xs[i]) * scale - total));
+        if (causal) {
+            for (i64 i = t + 1; i < n; i++) xs[i] = STORE(-INFINITY);
+        } else if (allowed) {
+            const uint8_t *restrict seen = allowed + row / (H * T) * ab + t * S;
+            for (i64 i = 0; i < n; i++) xs[i] = seen[i] ? xs[i] : STORE(-INFINITY);
+        }
+        float total = NAME(log_sum_exp)(xs, n, scale);
+        for (i64 i = 0; i < n; i++) xs[i] = STORE(exponential(LOAD(xs[i]) * scale - total));
         memset(xs + n, 0, (S - n) * sizeof(REAL));
     }
 }
@@ -222,7 +216,7 @@ void NAME(softmax)(REAL *x, const uint8_t *allowed, i64 ab, i64 causal, i64 B, i
 void NAME(softmax_backward)(const REAL *y, REAL *dy, i64 causal, i64 rows, i64 T, i64 S, float scale, i64 threads) {
     ROWS_IN_PARALLEL
     for (i64 row = 0; row < rows; row++) {
-        i64 n = causal ? row % T + 1 : S;
+        i64 n = causal ? WHOLE_VECTORS(row % T + 1, S) : S;
         const REAL *restrict ys = y + row * S;
         REAL *restrict dys = dy + row * S;
         float sum = 0;
@@ -239,7 +233,7 @@ void NAME(log_likelihood)(REAL *x, const i64 *targets, float *logprobs, i64 grad
     ROWS_IN_PARALLEL
     for (i64 row = 0; row < rows; row++) {
         REAL *restrict xs = x + row * V;
-        float total = NAME(log_sum_exp)(xs, 0, V, scale), weight = weights ? weights[row] : 1.0f;
+        float total = NAME(log_sum_exp)(xs, V, scale), weight = weights ? weights[row] : 1.0f;
         logprobs[row] = LOAD(xs[targets[row]]) * scale - total;
         if (!gradient) continue;
         for (i64 i = 0; i < V; i++) xs[i] = STORE(weight * exponential(LOAD(xs[i]) * scale - total));
