@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # A thread of torch's that waits for the others spins for a moment (some 0.3 ms), then gives its core away. By default
-# it spins until its time slice ends when another program holds the core it waits for: a busy machine then makes a step ten
-# times slower. Read by the OpenMP library when torch is imported; yours to set otherwise.
+# it spins until its time slice ends when another program holds the core it waits for: a busy machine then makes a step
+# ten times slower. Read by the OpenMP library when torch is imported; yours to set otherwise.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 # public name -> the module that defines it

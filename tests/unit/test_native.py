@@ -1,7 +1,7 @@
 """Every native kernel equals the tensor operations beside it, in value and gradient, in fp32 and bf16.
 
-The referee is the plain formula in double under autograd, on the same (rounded) inputs. A second referee is the fallback:
-what runs on GPUs and where no compiler is.
+The referee is the plain formula in double under autograd, on the same (rounded) inputs. A second referee is the
+fallback: what runs on GPUs and where no compiler is.
 """
 
 from __future__ import annotations

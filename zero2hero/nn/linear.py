@@ -46,7 +46,7 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """grad^T x [O, I], the gradient of a linear map's weights.
 
     A CPU's bf16 product reads the rows of its first factor: a transposed one is laid out anew inside, several times.
-    The smaller factor is the better one to have transposed, so unless they are equal we may make the result's transpose.
+    The smaller factor is the better one to have transposed, so unless they are equal, make the result's transpose.
     """
     O, I = grad_NO.shape[1], x_NI.shape[1]
     if grad_NO.device.type != "cpu" or grad_NO.dtype != torch.bfloat16 or O == I or len(grad_NO) < 1024:

@@ -74,6 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
             _, gradient = _scores(hidden[c], weight, targets[c], ctx.temperature, grad[c])
+            assert gradient is not None
             grad_hidden[c] = gradient @ weight
             _accumulate(grad_weight, gradient, hidden[c])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
@@ -88,6 +89,7 @@ class _NLLSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
             logprobs, gradient = _scores(hidden[c], weight, targets[c], grad=minus_ones[c])
+            assert gradient is not None
             total -= logprobs.sum()
             torch.mm(gradient, weight, out=grad_hidden[c])
             _accumulate(grad_weight, gradient, hidden[c])
