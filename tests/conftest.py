@@ -9,6 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# the same examples every time, and no verdict on how long a busy machine takes to make them
+settings.register_profile(
+    "steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
+settings.load_profile("steady")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
