@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from zero2hero.train.optim import make_optimizers
 from zero2hero.train.precision import MasterWeights
 from zero2hero.train.schedule import learning_rate_factor
 from zero2hero.train.tracking import Tracker
+from zero2hero.train.watch import Watcher
 
 
 class Stopped(Exception):
@@ -79,6 +80,7 @@ class Trainer:
         sample: step -> None, writes samples somewhere.
         tracker, progress: where numbers go; None: nowhere.
         flops_per_token, peak_flops: for the share of the machine's peak that is shown.
+        watchers: what looks on at every step (see train/watch.py).
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Trainer:
         progress: TrainingProgress | None = None,
         flops_per_token: Callable[[int], float] | None = None,
         peak_flops: float = 0.0,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
@@ -104,6 +107,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.masters.parameters, config, dtype)
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.watchers = list(watchers)
         self.state = State()
         self.metrics: dict[str, float] = {}
         self._window = _Window()
@@ -154,6 +158,23 @@ class Trainer:
         """One optimizer step."""
         self.model.train()
         batches = self.data(self.state.step)
+        total, weight = self._backward(batches)
+        self.metrics["grad_norm"] = self._finish_gradients(batches, total, weight)
+        self._set_learning_rate()
+        for watcher in self.watchers:
+            watcher.before_update(self)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.masters.publish()
+        self.state.step += 1
+        self.state.num_tokens += int(weight)
+        self._window.loss += total
+        self._window.weight += weight
+        for watcher in self.watchers:
+            watcher.after_update(self)
+
+    def _backward(self, batches: list[Any]) -> tuple[float, float]:
+        """Add up the gradients of every micro-batch's sum; returns the step's summed loss and its weight."""
         self.masters.zero_grad()
         total, weight = 0.0, 0.0
         for batch in batches:
@@ -168,6 +189,10 @@ class Trainer:
             raise UserError(
                 f"step {self.state.step + 1}: no token of the batch has a target, so nothing can be learned"
             )
+        return total, weight
+
+    def _finish_gradients(self, batches: list[Any], total: float, weight: float) -> float:
+        """Divide once by the step's weight, refuse what is not finite, clip; returns the norm before clipping."""
         gradients = self.masters.gradients
         torch._foreach_mul_(gradients, 1.0 / weight)
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
@@ -175,15 +200,7 @@ class Trainer:
             self._not_finite(total / weight, norm)
         if self.config.max_grad_norm and norm > self.config.max_grad_norm:
             torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
-        self._set_learning_rate()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.masters.publish()
-        self.state.step += 1
-        self.state.num_tokens += int(weight)
-        self._window.loss += total
-        self._window.weight += weight
-        self.metrics["grad_norm"] = norm
+        return norm
 
     def _set_learning_rate(self) -> None:
         c = self.config
@@ -200,6 +217,8 @@ class Trainer:
         speed = w.tokens / max(w.seconds, 1e-9)
         self.metrics["loss"] = w.loss / w.weight
         self.metrics |= {name: value / w.weight for name, value in w.metrics.items()}
+        for watcher in self.watchers:
+            self.metrics |= watcher.metrics()
         self.metrics |= {"tokens_per_second": speed, "num_tokens": self.state.num_tokens}
         if self.flops_per_token and self.peak_flops:
             self.metrics["peak_share"] = speed * self.flops_per_token(self.state.step - 1) / self.peak_flops
