@@ -1,8 +1,8 @@
 """Time to quality: tiny Shakespeare by characters, on two CPU cores.
 
 The whole validation split (the last 10 % of the text), non-overlapping windows of 256, no test-time tricks. The models
-are a plain published architecture (Qwen3's) that exports to Hugging Face. Landmarks: nanoGPT's CPU
-recipe reaches 1.88 nats, and its README's A100 recipe 1.4697 in three minutes.
+are a plain published architecture (Qwen3's) that exports to Hugging Face. Landmarks: nanoGPT's CPU recipe reaches 1.88
+nats, and its README's A100 recipe 1.4697 in three minutes.
 
 The number of steps for a time budget is set beforehand from the speed of a few steps of each row length; the seconds
 reported are those of the whole training loop, data included, without the one evaluation at the end.
@@ -30,7 +30,7 @@ SHAPES = {  # budget in seconds -> what is best for it
     60: DecoderConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, **QWEN3),
     180: DecoderConfig(hidden_size=160, num_hidden_layers=5, num_attention_heads=5, **QWEN3),
 }
-MARGIN = 0.87  # of the budget is planned for: what else the machine does must not push a run over it
+MARGIN = 0.78  # of the budget is planned for: a busy machine must not push a run over it
 TRAIN = TrainConfig(
     max_steps=1,
     per_device_train_batch_size=16,
@@ -130,9 +130,11 @@ def main() -> None:
         target = TARGETS.get(budget)
         results[budget] = {
             "loss_nats_median": round(median, 4), "losses": [round(x, 4) for x in losses], "target": target,
-            "seconds": [round(s, 1) for s in seconds], "within_budget": max(seconds) <= budget, "steps": train.max_steps,
+            "seconds": [round(s, 1) for s in seconds], "within_budget": max(seconds) <= budget,
+            "steps": train.max_steps,
             "tokens": train.max_steps * train.per_device_train_batch_size * train.max_length,
-            "shape": f"{shape.num_hidden_layers} x {shape.hidden_size}, {shape.feedforward}, QK-norm", "dtype": str(race.dtype),
+            "shape": f"{shape.num_hidden_layers} x {shape.hidden_size}, {shape.feedforward}, QK-norm",
+            "dtype": str(race.dtype),
         }  # fmt: skip
         rows.append({
             "budget s": budget, "used s": round(max(seconds), 1), "steps": train.max_steps,

@@ -106,26 +106,37 @@ void NAME(rms_norm_backward)(const REAL *x, const REAL *w, const float *r, const
     }
 }
 
+/* One head of the kernel below; inlined with `half` a constant, so that the loop becomes a few vector instructions. */
+static inline void NAME(rotate_head)(const REAL *restrict x, REAL *restrict y, const REAL *restrict cos,
+                                     const REAL *restrict sin, i64 half, float direction) {
+    for (i64 i = 0; i < half; i++) {
+        float first = LOAD(x[i]), second = LOAD(x[half + i]), turn = LOAD(sin[i]) * direction;
+        y[i] = STORE(first * LOAD(cos[i]) - second * turn);
+        y[half + i] = STORE(second * LOAD(cos[i]) + first * turn);
+    }
+}
+
 /* Rotary positions: turn each pair (x[i], x[i + K/2]) by its angle, forth (direction 1) or back (-1), or only copy (0).
    x and y are [B, T, H, K] with any strides but the last; cos and sin [B, T, K/2], also strided. */
 void NAME(rotate)(const REAL *x, i64 xb, i64 xt, i64 xh, REAL *y, i64 yb, i64 yt, i64 yh, const REAL *cos,
                   const REAL *sin, i64 ab, i64 at, i64 B, i64 T, i64 H, i64 K, float direction, i64 threads) {
     ROWS_IN_PARALLEL
     for (i64 row = 0; row < B * T; row++) {
-        i64 b = row / T, t = row % T, half = K / 2;
+        i64 b = row / T, t = row % T;
+        const REAL *c = cos + b * ab + t * at, *s = sin + b * ab + t * at;
         for (i64 h = 0; h < H; h++) {
-            const REAL *restrict xs = x + b * xb + t * xt + h * xh;
-            REAL *restrict ys = y + b * yb + t * yt + h * yh;
-            if (direction == 0) {
+            const REAL *xs = x + b * xb + t * xt + h * xh;
+            REAL *ys = y + b * yb + t * yt + h * yh;
+            if (direction == 0)
                 memcpy(ys, xs, K * sizeof(REAL));
-                continue;
-            }
-            const REAL *restrict c = cos + b * ab + t * at, *restrict s = sin + b * ab + t * at;
-            for (i64 i = 0; i < half; i++) {
-                float first = LOAD(xs[i]), second = LOAD(xs[half + i]), turn = LOAD(s[i]) * direction;
-                ys[i] = STORE(first * LOAD(c[i]) - second * turn);
-                ys[half + i] = STORE(second * LOAD(c[i]) + first * turn);
-            }
+            else if (K == 32)
+                NAME(rotate_head)(xs, ys, c, s, 16, direction);
+            else if (K == 64)
+                NAME(rotate_head)(xs, ys, c, s, 32, direction);
+            else if (K == 128)
+                NAME(rotate_head)(xs, ys, c, s, 64, direction);
+            else
+                NAME(rotate_head)(xs, ys, c, s, K / 2, direction);
         }
     }
 }
