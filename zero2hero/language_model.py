@@ -23,11 +23,12 @@ import torch
 
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError, did_you_mean
+from zero2hero.fetch import find_folder
 from zero2hero.generate.decode import generate_tokens
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.generate.text_stream import TextStream
 from zero2hero.io import atomic_write, fsync_path, saving
-from zero2hero.models.checkpoint import INDEX, find_directory, from_pretrained, read_json, save_pretrained
+from zero2hero.models.checkpoint import INDEX, from_pretrained, read_json, save_pretrained
 from zero2hero.models.decoder import Decoder, DecoderConfig
 from zero2hero.tokenizer import Tokenizer
 
@@ -201,8 +202,10 @@ def load(
             raise UserError(f"unknown dtype '{dtype}'; use {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
         dtype = _DTYPES[dtype]
     chosen = pick_device(device)
-    directory = find_directory(path_or_id)
+    directory = find_folder(path_or_id)
     model = from_pretrained(directory, dtype=dtype, device=chosen)
+    if not isinstance(model, Decoder):
+        raise UserError(f"{directory} holds a {type(model).__name__}, which does not continue texts")
     tokenizer = Tokenizer.from_pretrained(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(

@@ -277,20 +277,19 @@ def test_hub_models_come_through_the_hub_client_and_its_failures_are_named(
     tmp_path, bpe: Tokenizer, monkeypatch
 ) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     bpe.save_pretrained(tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
-    def download(repo: str, name: str, revision: str | None = None) -> str:
+    def download(repo: str, revision: str | None = None, allow_patterns: list[str] = []) -> str:  # noqa: B006
         if repo == "no-name/here":
             raise LocalEntryNotFoundError("offline")
-        if not (tmp_path / "cache" / name).exists():
-            raise EntryNotFoundError(name)
         assert (repo, revision) == ("org/model", "v1")
-        return str(tmp_path / "cache" / name)
+        assert "tokenizer.json" in allow_patterns
+        return str(tmp_path / "cache")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert Tokenizer.from_pretrained("org/model", "v1").fingerprint == bpe.fingerprint
     with pytest.raises(UserError, match="cannot be reached"):
         Tokenizer.from_pretrained("no-name/here")

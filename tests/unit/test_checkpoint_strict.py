@@ -82,7 +82,7 @@ def test_unexpected(saved):
 
 def test_a_layer_too_many(saved):
     edit_config(saved, num_hidden_layers=1)
-    refused(saved, "9 tensors", "model.layers.1.", "no place")
+    refused(saved, "9 tensors", "model.layers.1.", "no place in llama")
 
 
 def test_renamed_names_the_nearest(saved):
@@ -224,6 +224,13 @@ def test_unknown_family(saved, name, hint):
     refused(saved, repr(name), "mistral", hint)
 
 
+def test_unknown_architecture(saved):
+    edit_config(saved, architectures=["LlamaForCasualLM"])
+    refused(saved, "'LlamaForCasualLM'", "Did you mean 'LlamaForCausalLM'")
+    edit_config(saved, architectures=None)
+    from_pretrained(saved)
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
@@ -277,11 +284,31 @@ def test_nonsense_in_config_is_a_clear_error(saved, changes):
 
 def test_no_such_directory(saved, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(saved.parent / "modell", "no such model directory", "Did you mean 'model'")
+    refused(saved.parent / "modell", "there is no folder", "Did you mean 'model'")
     refused(saved / CONFIG, "is a file")
     monkeypatch.chdir(saved.parent.parent)
     refused(f"{saved.parent.name}/modle", "Did you mean 'model'")  # could be a hub id as well
-    refused("surely/no such id", "no local directory")
+    refused("surely/no such id", "neither a folder here")
+    refused("surely/nothing", "no folder", "the hub cannot be reached")
+
+
+def test_a_hub_id_comes_from_the_cache_when_the_hub_is_away(saved, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    repository = tmp_path / "hub" / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    saved.rename(repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert from_pretrained("someone/model").config.hidden_size == SHAPE.hidden_size
+
+    def broken(*arguments, **options):
+        raise RuntimeError("a proxy's refusal")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    assert from_pretrained("someone/model").config.hidden_size == SHAPE.hidden_size
+    refused("someone/other", "no folder", "the hub cannot be reached")
 
 
 # --- saving -------------------------------------------------------------------------------------------------
@@ -353,6 +380,14 @@ def test_a_shape_that_nobody_could_open_is_refused(tmp_path, changes):
         save_pretrained(made(config), tmp_path)
     for name in ("position", "norm", "feedforward", "qk_norm", "sliding_window"):
         assert f"{name} {getattr(config, name)}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_that_the_format_has_no_name_for_is_not_dropped(tmp_path):
+    model = made()
+    model.layers[0].self_attn.q_proj.lora_A = torch.nn.Parameter(torch.zeros(2, 16))
+    with pytest.raises(UserError, match=r"llama files have no place for layers.0.self_attn.q_proj.lora_A"):
+        save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -85,7 +85,7 @@ def test_a_configuration_survives_yaml():
         (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["pretrain", "stray"], "one word too many"),
         (["generate"], "MODEL"),
-        (["generate", "no/such/model", "Hello"], "no such model directory"),
+        (["generate", "no/such/model", "Hello"], "there is no folder 'no/such/model'"),
     ],
 )
 def test_mistakes_in_words(words, expected, capsys):

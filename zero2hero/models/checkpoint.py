@@ -21,42 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError, did_you_mean
+from zero2hero.fetch import find_folder
 from zero2hero.io import atomic_write, fsync_path, saving
-from zero2hero.models.decoder import Decoder
 from zero2hero.models.families import Family, Rule, family_of_config, family_to_write
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def find_directory(path_or_id: str | Path) -> Path:
-    """A local directory as it is, or a hub id's snapshot (downloaded, or from the offline cache).
-
-    Raises:
-        UserError: neither a directory nor a hub id that can be reached.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_id)
-    if path.exists():
-        raise UserError(f"{name} is a file; give the directory that holds config.json and {SINGLE}")
-    near = did_you_mean(path.name, [p.name for p in path.parent.glob("*") if p.is_dir()])
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise UserError(f"no such model directory: {name}.{near}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(
-            f"no local directory named {name}, and it could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}). Check the name, the network, or HF_TOKEN for a private model.{near}"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def from_pretrained(
     path_or_id: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Decoder:
+) -> nn.Module:
     """Load a model from a directory or a hub id.
 
     Args:
@@ -82,59 +54,65 @@ def from_pretrained(
         dtype: of the weights in memory; as stored by default.
         device: where the weights go.
 
+    Returns:
+        The model that the family of config.json builds, in evaluation mode.
+
     Raises:
         UserError: an unknown family, an unsupported setting, or tensors that do not fit exactly.
     """
-    directory = find_directory(path_or_id)
+    directory = find_folder(path_or_id)
     theirs = read_json(directory / "config.json")
     family = family_of_config(theirs)
     try:
         config = family.read_config(theirs)
         with torch.device("meta"):
-            model = Decoder(config)
+            model = family.build(config)
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a number that is a text, say
         raise UserError(f"{directory / 'config.json'} holds a value of the wrong kind: {error}") from None
-    state = _read_tensors(directory, family, model, dtype, device)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
-    model.reset_buffers()
+    parameters = {n: nn.Parameter(t) for n, t in _read_tensors(directory, family, model, dtype, device).items()}
+    for name, first in _first_names(model).items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, parameters[first])
     return model.to(device).eval()
 
 
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name -> the first name that the same parameter has (a tied head's is the embedding's)."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def _read_tensors(
-    directory: Path, family: Family, model: Decoder, dtype: torch.dtype | None, device: torch.device | str
+    directory: Path, family: Family, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str
 ) -> dict[str, Tensor]:
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    rules = {r.theirs: r for r in family.rules_for(model.config, set(shapes))}
+    """Every parameter of the model by its first name."""
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    first = _first_names(model)
+    rules = {r.theirs: r for r in family.rules_for(shapes)}
     state: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
     unexpected: list[str] = []
     with _open_weights(directory) as files:
-        prefix = family.optional_prefix
-        bare = bool(prefix) and not any(key.startswith(prefix) for key in files)
-        tied_head: Tensor | None = None
         for stored, file in files.items():
-            key = prefix + stored if bare and prefix + stored in rules else stored
-            if key in rules:
-                for name, value in _to_ours(rules[key], file.get_tensor(stored), shapes, stored).items():
-                    state[name] = value.to(device=device, dtype=dtype or value.dtype)
-            elif key == "lm_head.weight" and model.config.tie_word_embeddings:
-                tied_head = file.get_tensor(stored)
-            elif not stored.endswith(family.ignored or ("\0",)):
-                unexpected.append(stored)
-    if tied_head is not None and "embed_tokens.weight" not in state:  # tied, and stored under the head's name
-        state["embed_tokens.weight"] = tied_head.to(device=device, dtype=dtype or tied_head.dtype)
-        tied_head = None
-    _complain(directory, family, rules, state, shapes, unexpected)
-    if tied_head is not None and not torch.equal(
-        tied_head.to(dtype or tied_head.dtype), state["embed_tokens.weight"].cpu()
-    ):
-        raise UserError(
-            f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but the file holds a "
-            "different lm_head.weight. Set tie_word_embeddings to false if the head is its own."
-        )
+            rule = rules.get(stored) or rules.get(family.newer_name(stored))
+            if rule is None:
+                if not stored.endswith(family.ignored or ("\0",)):
+                    unexpected.append(stored)
+                continue
+            for name, value in _to_ours(rule, file.get_tensor(stored), shapes, stored).items():
+                value = value.to(device=device, dtype=dtype or value.dtype)
+                before = source.setdefault(first[name], stored)
+                kept = state.setdefault(first[name], value)
+                if kept is not value and not torch.equal(kept, value):
+                    raise UserError(
+                        f"{directory}: {stored} differs from {before}, although they are one matrix under "
+                        "config.json's tie_word_embeddings. Set it to false if each is its own."
+                    )
+    absent = set(first.values()) - state.keys()
+    missing = [r.theirs for r in rules.values() if absent & set(r.parts)] or sorted(absent)
+    _complain(directory, family.model_type, list(rules), missing, unexpected)
     return state
 
 
@@ -144,32 +122,25 @@ def _to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: s
         raise UserError(f"tensor {stored} holds {value.dtype} numbers; quantized weights cannot be loaded")
     if rule.transpose:
         value = value.t().contiguous()
-    rows = [shapes[name][0] for name in rule.parts]
-    expected = (sum(rows), *shapes[rule.parts[0]][1:])
+    expected = tuple(shapes[rule.parts[0]])
+    rows = [shapes[name][0] for name in rule.parts] if len(rule.parts) > 1 else []
+    if rows:
+        expected = (sum(rows), *expected[1:])
     if tuple(value.shape) != expected:
         want = expected[::-1] if rule.transpose else expected
         got = tuple(value.shape)[::-1] if rule.transpose else tuple(value.shape)
         raise UserError(f"tensor {stored} has shape {list(got)}; config.json says it should be {list(want)}")
-    if len(rows) == 1:
+    if not rows:
         return {rule.parts[0]: value}
     return {name: part.clone() for name, part in zip(rule.parts, value.split(rows))}
 
 
-def _complain(directory: Path, family: Family, rules, state, shapes, unexpected: list[str]) -> None:
-    missing = [name for name in shapes if name not in state]
-    theirs = {part: r.theirs for r in rules.values() for part in r.parts}
-    if missing:
-        names = [theirs.get(name, name) for name in missing]
-        near = did_you_mean(names[0], unexpected)
+def _complain(directory: Path, model_type: str, known: list[str], missing: list[str], unexpected: list[str]) -> None:
+    names, others, fault = (missing, unexpected, "missing for") if missing else (unexpected, known, "with no place in")
+    if names:
         raise UserError(
-            f"{directory}: {len(names)} tensor{'s' * (len(names) > 1)} missing for {family.model_type}: "
-            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}.{near}"
-        )
-    if unexpected:
-        near = did_you_mean(unexpected[0], [r.theirs for r in rules.values()])
-        raise UserError(
-            f"{directory}: {len(unexpected)} tensor{'s' * (len(unexpected) > 1)} that {family.model_type} has no "
-            f"place for: {', '.join(unexpected[:3])}{' ...' if len(unexpected) > 3 else ''}.{near}"
+            f"{directory}: {len(names)} tensor{'s' * (len(names) > 1)} {fault} {model_type}: "
+            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}.{did_you_mean(names[0], others)}"
         )
 
 
@@ -207,11 +178,20 @@ class _open_weights:
         self.stack.close()
 
 
-def to_family(model_state: dict[str, Tensor], config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters as the family's named tensors."""
-    family = family_to_write(config)
-    for rule in family.rules_for(config, set(model_state)):
-        value = torch.cat([model_state[p] for p in rule.parts]) if len(rule.parts) > 1 else model_state[rule.parts[0]]
+def to_family(state: dict[str, Tensor], family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters as the family's named tensors.
+
+    Raises:
+        UserError: a parameter for which the family has no name (of an adapter, say).
+    """
+    rules = family.rules_for(state)
+    strange = state.keys() - {part for rule in rules for part in rule.parts}
+    if strange:
+        raise UserError(
+            f"{family.model_type} files have no place for {sorted(strange)[0]}; merge adapters before saving"
+        )
+    for rule in rules:
+        value = torch.cat([state[p] for p in rule.parts]) if len(rule.parts) > 1 else state[rule.parts[0]]
         yield rule.theirs, (value.t() if rule.transpose else value).contiguous()
 
 
@@ -236,20 +216,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         fsync_path(path.parent)
 
 
-def save_pretrained(model: Decoder, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def save_pretrained(model: nn.Module, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write config.json and model.safetensors, which transformers 4.57 and 5 read.
 
-    `state`: parameters to write instead of the model's own (fp32 masters of a bf16 model, say).
+    `model` has a `config` that one of the families can write. `state`: parameters to write instead of the model's
+    own (fp32 masters of a bf16 model, say).
 
     Raises:
         UserError: no published architecture fits, or the directory cannot be written.
     """
     directory = Path(directory)
-    family = family_to_write(model.config)
+    config: Any = model.config
+    family = family_to_write(config)
     own = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = dict(to_family({name: (state or own)[name].cpu() for name in own}, model.config))
-    config = family.write_config(model.config)
+    tensors = dict(to_family({name: (state or own)[name].cpu() for name in own}, family))
+    content = family.write_config(config)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config |= {"torch_dtype": dtype, "dtype": dtype}
+    content |= {"torch_dtype": dtype, "dtype": dtype}
     save_tensors(directory / SINGLE, tensors)
-    atomic_write(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    atomic_write(directory / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")

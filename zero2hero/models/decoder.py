@@ -55,6 +55,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """`hidden = model(ids)`, `logits = model.logits(hidden)`."""
 
+    position_table: Tensor
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = c = config.derived()
@@ -102,17 +104,6 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, rotation, cache, i, slots)
         return self.norm(x)
-
-    def reset_buffers(self) -> None:
-        """Make the constant tables anew (after the weights were put in place of a meta device's), re-tie the head."""
-        c = self.config
-        if c.position == "rotary":
-            self.rotary.table = self.rotary.table.new_empty(0, device="cpu", dtype=torch.float32)
-            self.rotary.grow(c.max_position_embeddings)
-        elif c.position == "sinusoidal":
-            self.position_table = sinusoidal_table(c.max_position_embeddings, c.hidden_size)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

@@ -5,7 +5,8 @@ Learned (GPT-2): a vector per position, added to the embedding. Sinusoidal (Vasw
 Llama, Qwen): rotate each pair of a query's and a key's features by an angle proportional to the position, so
 that their product depends on the distance alone. Pairs are (i, i + K/2), the Hugging Face convention.
 
-Angles are made in fp32: in bf16 position 257 would be rounded to 256.
+Angles are made in fp32: in bf16 position 257 would be rounded to 256. The tables are constants, made on the CPU even
+when a model is laid out on the meta device to receive its weights.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from zero2hero.nn import native
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
     """[length, width]: sines in the even columns, cosines in the odd ones."""
-    position = torch.arange(length, dtype=torch.float32)[:, None]
-    frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
-    table = torch.empty(length, width)
+    position = torch.arange(length, dtype=torch.float32, device="cpu")[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device="cpu") * (-math.log(10_000.0) / width))
+    table = torch.empty(length, width, device="cpu")
     table[:, 0::2] = torch.sin(position * frequency)
     table[:, 1::2] = torch.cos(position * frequency[: width // 2])
     return table
@@ -40,12 +41,13 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, theta: float, length: int) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
-        self.register_buffer("table", torch.empty(0), persistent=False)
+        self.register_buffer("table", torch.empty(0, device="cpu"), persistent=False)
         self.grow(length)
 
     def grow(self, length: int) -> None:
-        frequency = self.theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
-        angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
+        frequency = self.theta ** -(pairs / self.head_dim)
+        angle = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequency
         table = torch.stack([angle.cos(), angle.sin()])  # [2, length, K/2]
         self.table = table.to(self.table.device)
 

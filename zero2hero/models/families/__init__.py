@@ -12,6 +12,14 @@ from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2)}
 
+# What can be written, for those who put a shape together themselves.
+_COMBINATIONS = {
+    DecoderConfig: (
+        "rotary + rmsnorm + swiglu (Llama; with qk_norm Qwen3; with sliding_window Mistral), "
+        "rotary + rmsnorm + relu2 (Arcee), learned + layernorm + gelu_new with all biases (GPT-2)"
+    )
+}
+
 __all__ = ["FAMILIES", "Family", "Rule", "family_of_config", "family_to_write"]
 
 
@@ -23,16 +31,16 @@ def family_of_config(theirs: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def family_to_write(config: DecoderConfig) -> Family:
+def family_to_write(config: Any) -> Family:
     """The family under which this model is written: the one it was read from, else the first that fits."""
     candidates = [FAMILIES[config.model_type]] if config.model_type in FAMILIES else []
     for family in [*candidates, *FAMILIES.values()]:
         if family.can_write(config):
             return family
+    kin = [f for f in FAMILIES.values() if f.config_class is type(config)]
+    fields = sorted({name for f in kin for name in f.constants})
     raise UserError(
         "no published architecture has this combination, so no other program could open the model: "
-        f"position {config.position}, norm {config.norm}, feedforward {config.feedforward}, qk_norm {config.qk_norm}, "
-        f"sliding_window {config.sliding_window}. Combinations that have one: rotary + rmsnorm + swiglu (Llama; "
-        "with qk_norm Qwen3; with sliding_window Mistral), rotary + rmsnorm + relu2 (Arcee), "
-        "learned + layernorm + gelu_new with all biases (GPT-2)."
+        f"{', '.join(f'{name} {getattr(config, name)}' for name in fields)}. "
+        f"Combinations that have one: {_COMBINATIONS.get(type(config), ', '.join(f.model_type for f in kin))}."
     )

@@ -1,18 +1,21 @@
 """What a family is: a table that says how its files spell what we call a configuration and a tensor.
 
-Declared once, read in both directions: loading, saving, and the error messages of both. A rule maps one of
-their tensors to one or several of ours; `{i}` stands for the layer. Anything that a table does not name is
-an error, never a guess: a tensor that is silently ignored gives fluent nonsense.
+Declared once, read in both directions: loading, saving, and the error messages of both. A rule maps one of their
+tensors to one or several of ours; `{i}` (and any other name in braces) stands for a number, of a layer, say. Anything
+that a table does not name is an error, never a guess: a tensor that is silently ignored gives fluent nonsense.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Keys where null is an answer of its own (none, or 0: to be derived) and not the same as an absent key.
 _NULL = {"sliding_window": None, "num_key_value_heads": 0, "head_dim": 0}
@@ -33,37 +36,57 @@ class Rule:
     def parts(self) -> tuple[str, ...]:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
+    def spelt_out(self, names: Collection[str]) -> list[Rule]:
+        """This rule for each of the parameters `names` that it fits, numbers in place of what is in braces."""
+        pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(self.parts[0])))
+        found = (match.groupdict() for match in map(pattern.fullmatch, names) if match)
+        rules = [Rule(self.theirs.format(**n), tuple(p.format(**n) for p in self.parts), self.transpose) for n in found]
+        return [rule for rule in rules if all(part in names for part in rule.parts)]
+
 
 @dataclass(frozen=True)
 class Family:
     """One `model_type` of the ecosystem.
 
     Attributes:
+        architectures: the names under "architectures" in config.json -> what each says of our fields (which head,
+            say). The first one is meant when the key is absent.
+        config_class: our configuration: a frozen dataclass with `model_type`, `extra` and `derived()`.
+        build: makes the model of a configuration. It is called on the meta device, so constant tables (buffers)
+            are made with an explicit device.
         names: our configuration field -> their key in config.json.
-        defaults: their key -> the value that an absent key means.
         constants: our field -> the value that this family always has.
+        rules: tensors. Those whose parts a given model lacks (a bias, an untied head) do not apply.
+        defaults: their key -> the value that an absent key means.
+        required: our fields without which there is no model.
         fixed: their key -> values under which our mathematics is theirs; any other value is refused.
         written: further keys to write into config.json.
-        rules: tensors. Those whose parts a given model lacks (a bias, an untied head) do not apply.
-        ignored: tensors of old files that carry no information (buffers).
+        ignored: endings of tensors in old files that carry no information (buffers).
+        older: (pattern, replacement) pairs that turn names of older files into those of `rules`.
+        derive: fields of ours that several of their keys decide.
+        spell: its inverse, which writes every key that `derive` reads.
         matches: whether a configuration can be written as this family, when `constants` agree.
     """
 
     model_type: str
-    architecture: str
+    architectures: Mapping[str, Mapping[str, Any]]
+    config_class: type
+    build: Callable[[Any], nn.Module]
     names: Mapping[str, str]
     constants: Mapping[str, Any]
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ("vocab_size", "hidden_size")
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    optional_prefix: str = ""
+    older: tuple[tuple[str, str], ...] = ()
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda theirs: {}
-    matches: Callable[[DecoderConfig], bool] = lambda config: True
+    spell: Callable[[Any], dict[str, Any]] = lambda config: {}
+    matches: Callable[[Any], bool] = lambda config: True
 
-    def read_config(self, theirs: Mapping[str, Any]) -> DecoderConfig:
-        """Our configuration from the contents of config.json."""
+    def read_config(self, theirs: Mapping[str, Any]) -> Any:
+        """Our configuration (of `config_class`) from the contents of config.json."""
         said = {k: _NULL.get(k) if v is None else v for k, v in theirs.items() if v is not None or k in _NULL}
         given = {**self.defaults, **said}
         for key, allowed in self.fixed.items():
@@ -72,40 +95,61 @@ class Family:
                     f"config.json: {key} = {given[key]!r} changes the mathematics of {self.model_type} in a way that "
                     f"is not supported; supported: {', '.join(map(repr, allowed))}"
                 )
-        ours = dict(self.constants)
+        ours = {**self.constants, **self._architecture(given)}
         for name, key in self.names.items():
             if key in given:
                 ours[name] = given[key]
         ours.update(self.derive(given))
-        missing = [self.names[f] for f in ("vocab_size", "hidden_size") if f not in ours]
+        missing = [self.names.get(name, name) for name in self.required if name not in ours]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}, which {self.model_type} needs")
-        known = set(self.names.values()) | set(self.fixed) | set(self.written)
+        known = {*self.names.values(), *self.fixed, *self.written, "architectures", "model_type"}
         extra = {k: v for k, v in theirs.items() if k not in known}
-        return DecoderConfig(**ours, model_type=self.model_type, extra=extra).derived()
+        return self.config_class(**ours, model_type=self.model_type, extra=extra).derived()
 
-    def write_config(self, config: DecoderConfig) -> dict[str, Any]:
+    def _architecture(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the architecture's name says of our configuration."""
+        name = (given.get("architectures") or list(self.architectures))[0]
+        if name not in self.architectures:
+            raise UserError(
+                f"config.json: the architecture {name!r} is not one of {self.model_type} that zero2hero knows "
+                f"({', '.join(self.architectures)}).{did_you_mean(str(name), self.architectures)}"
+            )
+        return self.architectures[name]
+
+    def write_config(self, config: Any) -> dict[str, Any]:
         """The contents of config.json, in spellings that transformers 4 and 5 both read."""
-        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-        theirs |= {k: v for k, v in config.extra.items() if k not in ("architectures", "model_type")}
-        theirs |= self.written
-        theirs |= {key: getattr(config, name) for name, key in self.names.items()}
-        if "rope_theta" in theirs:  # version 4 reads the first spelling, version 5 the second
-            theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        return theirs
+        named = {key: getattr(config, name) for name, key in self.names.items()}
+        kind = {"architectures": [self._architecture_to_write(config)], "model_type": self.model_type}
+        return {**config.extra, **self.written, **named, **self.spell(config), **kind}
 
-    def can_write(self, config: DecoderConfig) -> bool:
-        return all(getattr(config, k) == v for k, v in self.constants.items()) and self.matches(config)
+    def _architecture_to_write(self, config: Any) -> str | None:
+        fitting = (name for name, fields in self.architectures.items() if _agrees(config, fields))
+        return next(fitting, None)
 
-    def rules_for(self, config: DecoderConfig, ours: set[str]) -> list[Rule]:
-        """Every rule of this model, layers spelt out; `ours` are the names of the model's parameters."""
-        spelt = []
-        for rule in self.rules:
-            for i in range(config.num_hidden_layers if "{i}" in rule.theirs else 1):
-                parts = tuple(p.format(i=i) for p in rule.parts)
-                if all(p in ours for p in parts):
-                    spelt.append(Rule(rule.theirs.format(i=i), parts, rule.transpose))
-        return spelt
+    def can_write(self, config: Any) -> bool:
+        """Whether this family's files can hold such a model."""
+        return (
+            type(config) is self.config_class
+            and _agrees(config, self.constants)
+            and self._architecture_to_write(config) is not None
+            and self.matches(config)
+        )
+
+    def rules_for(self, names: Collection[str]) -> list[Rule]:
+        """Every rule of a model with the parameters `names`, numbers spelt out."""
+        names = set(names)
+        return [spelt for rule in self.rules for spelt in rule.spelt_out(names)]
+
+    def newer_name(self, stored: str) -> str:
+        """The name under which `rules` know a tensor of an older file."""
+        for pattern, replacement in self.older:
+            stored = re.sub(pattern, replacement, stored)
+        return stored
+
+
+def _agrees(config: Any, fields: Mapping[str, Any]) -> bool:
+    return all(getattr(config, name) == value for name, value in fields.items())
 
 
 def unknown_family(model_type: Any, known: list[str]) -> UserError:

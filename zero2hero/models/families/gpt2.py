@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from zero2hero.config import DecoderConfig
+from zero2hero.models.decoder import Decoder
 from zero2hero.models.families.base import Family, Rule
 
 
@@ -20,7 +22,9 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 GPT2 = Family(
     model_type="gpt2",
-    architecture="GPT2LMHeadModel",
+    architectures={"GPT2LMHeadModel": {}},
+    config_class=DecoderConfig,
+    build=Decoder,
     names={
         "vocab_size": "vocab_size",
         "hidden_size": "n_embd",
@@ -85,7 +89,7 @@ GPT2 = Family(
         Rule("lm_head.weight", "lm_head.weight"),
     ),
     ignored=(".attn.bias", ".attn.masked_bias"),
-    optional_prefix="transformer.",
+    older=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
     matches=lambda c: (
         c.num_key_value_heads == c.num_attention_heads
         and c.head_dim * c.num_attention_heads == c.hidden_size

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from zero2hero.config import DecoderConfig
+from zero2hero.models.decoder import Decoder
 from zero2hero.models.families.base import Family, Rule
 
 _NAMES = {
@@ -21,7 +23,6 @@ _NAMES = {
         "head_dim",
         "intermediate_size",
         "max_position_embeddings",
-        "rope_theta",
         "tie_word_embeddings",
         "initializer_range",
         "bos_token_id",
@@ -63,6 +64,15 @@ def _rope_theta(theirs: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
 
 
+def _spell_rope(config: DecoderConfig) -> dict[str, Any]:
+    """transformers 4 reads the first spelling, 5 the second."""
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
 def _biases(theirs: dict[str, Any]) -> dict[str, Any]:
     bias = bool(theirs.get("attention_bias", False))
     return _rope_theta(theirs) | {
@@ -83,13 +93,16 @@ _IGNORED = ("rotary_emb.inv_freq",)
 
 LLAMA = Family(
     model_type="llama",
-    architecture="LlamaForCausalLM",
+    architectures={"LlamaForCausalLM": {}},
+    config_class=DecoderConfig,
+    build=Decoder,
     names=_LLAMA_BIASES,
     constants=_ROTARY | {"feedforward": "swiglu", "qk_norm": False, "sliding_window": None},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048},
     fixed={"hidden_act": ("silu",), "pretraining_tp": (1,)},
-    written={"hidden_act": "silu", "pretraining_tp": 1, "rope_scaling": None, "use_cache": True},
+    written={"hidden_act": "silu", "pretraining_tp": 1, "use_cache": True},
     derive=_biases,
+    spell=_spell_rope,
     rules=_RULES,
     ignored=_IGNORED,
     matches=lambda c: c.attention_bias == c.output_bias,
@@ -98,38 +111,38 @@ LLAMA = Family(
 ARCEE = replace(
     LLAMA,
     model_type="arcee",
-    architecture="ArceeForCausalLM",
+    architectures={"ArceeForCausalLM": {}},
     constants=_ROTARY | {"feedforward": "relu2", "qk_norm": False, "sliding_window": None},
     defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 4096},
     fixed={"hidden_act": ("relu2",)},
-    written={"hidden_act": "relu2", "rope_scaling": None, "use_cache": True},
+    written={"hidden_act": "relu2", "use_cache": True},
 )
 
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
-    architecture="MistralForCausalLM",
+    architectures={"MistralForCausalLM": {}},
     names=_NAMES | {"sliding_window": "sliding_window"},
     constants=_ROTARY
     | {"feedforward": "swiglu", "qk_norm": False, "attention_bias": False, "output_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 8,
               "max_position_embeddings": 131072, "sliding_window": 4096},
     fixed={"hidden_act": ("silu",)},
-    written={"hidden_act": "silu", "rope_scaling": None, "use_cache": True},
+    written={"hidden_act": "silu", "use_cache": True},
     derive=_rope_theta,
 )  # fmt: skip
 
 QWEN2 = replace(
     MISTRAL,
     model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
+    architectures={"Qwen2ForCausalLM": {}},
     names=_NAMES,
     constants=_ROTARY
     | {"feedforward": "swiglu", "qk_norm": False, "attention_bias": True, "output_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768,
               "num_key_value_heads": 32},
     fixed={"hidden_act": ("silu",), "use_sliding_window": (False,)},
-    written={"hidden_act": "silu", "rope_scaling": None, "use_cache": True, "use_sliding_window": False,
+    written={"hidden_act": "silu", "use_cache": True, "use_sliding_window": False,
              "sliding_window": None},
     derive=lambda theirs: _rope_theta(theirs) | _window(theirs),
     matches=lambda c: c.sliding_window is None and c.head_dim * c.num_attention_heads == c.hidden_size,
@@ -138,7 +151,7 @@ QWEN2 = replace(
 QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
+    architectures={"Qwen3ForCausalLM": {}},
     names=_NAMES | {"attention_bias": "attention_bias"},
     constants=_ROTARY | {"feedforward": "swiglu", "qk_norm": True, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768,
