@@ -149,8 +149,46 @@ def test_a_stage_adds_a_section_and_a_figure(tmp_path, monkeypatch):
     page = Page(write_report(run))
     assert "Rewards <r>" in page.text
     assert "20 rows" in page.text
-    assert len(page.all("img")) == 2
+    assert len(page.all("img")) == 3  # the loss twice, and training against held out
     assert (run / "plots" / "again.png").exists()
+
+
+def test_diagnosis_is_on_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run", points=40)
+    page = Page(write_report(run))
+    assert "Nothing looks wrong. Checked: the course of the training loss, loss spikes, over-fitting" in page.text
+    assert len(page.all("img")) == 2  # the loss, and training against held out
+    with Tracker(run, tensorboard=False, resume_step=40) as tracker:
+        for step in range(41, 60):
+            ill = {"loss": 5.0 + step / 40, "learning_rate": 0.1, "grad_norm_max": 3.0, "update_ratio/head": 0.1}
+            tracker.log(step, ill | {"dead_units/<b>layer</b>": 0.5})
+    page = Page(write_report(run))
+    assert "Learning rate too high" in page.text
+    assert "Try: --train.learning_rate 0.01, a longer warm-up (--train.warmup_steps 0.1)" in page.text
+    assert "Worst in <b>layer</b>: 50% of its units" in page.text
+    assert "finding serious" in [attrs.get("class") for attrs in page.all("div")]
+    assert len(page.all("img")) == 4
+    assert "Nothing looks wrong" not in page.text
+    assert {p.stem for p in (run / "plots").iterdir()} == {"loss", *plots.HEALTH}
+
+
+def small_lines(figure):
+    return [line.get_ydata() for line in figure.axes[0].lines], [t.get_text() for t in figure.axes[0].texts]
+
+
+def test_small_figures_draw_the_numbers():
+    pytest.importorskip("matplotlib")
+    rows = [{"step": s, "update_ratio/head": 0.1 / s, "update_ratio/attention": 0.2 / s} for s in range(1, 9)]
+    lines, labels = small_lines(plots.update_figure(rows, {}, plots.LIGHT))
+    np.testing.assert_allclose(lines[0], [0.2 / s for s in range(1, 9)])
+    np.testing.assert_allclose(lines[1], [0.1 / s for s in range(1, 9)])
+    assert lines[2][0] == 1e-3
+    assert sorted(labels) == ["attention", "head"]
+    rows = [{"step": 1, "grad_norm_max": math.inf}, {"step": 2, "grad_norm_max": 0.0}, {"step": 3, "loss": -1.0}]
+    assert plots.gradient_figure(rows, {}, plots.LIGHT) is None
+    assert plots.gap_figure(rows, {}, plots.LIGHT) is None
+    assert set(plots.draw([{"step": 2, "grad_norm_max": 2.0}], {}, figures=plots.HEALTH)) == {"gradient_norm"}
 
 
 def loss_axes(rows, vocab_size=512):

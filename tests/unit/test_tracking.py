@@ -102,19 +102,106 @@ def test_tensorboard_is_optional_unless_asked_for(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1]  # a refused start leaves the old record alone
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_other_trackers_get_the_same_numbers(tmp_path, monkeypatch, name):
-    calls = []
-    fake = types.SimpleNamespace(
-        init=lambda **kw: calls.append(("init", kw["project"], kw["name"], kw["resume"])),
-        log=lambda metrics, step: calls.append((step, metrics)),
-        finish=lambda: calls.append("finish"),
-    )
-    monkeypatch.setitem(sys.modules, name, fake)
-    with Tracker(tmp_path / "mine", tensorboard=False, report_to=[name]) as tracker:
+class FakeTracker(types.SimpleNamespace):
+    """Append-only, as W&B (0.31) and trackio (0.43) are: what was sent stays. The parameters are theirs."""
+
+    def __init__(self, name):
+        super().__init__(name=name, runs={}, current=None, finished=0)
+
+    def init(self, *, project, name, resume, **more):
+        assert project == "zero2hero"
+        run = more.pop("id") if self.name == "wandb" else name  # what a run is known by
+        more.pop("dir", None) if self.name == "wandb" else None
+        assert not more
+        assert resume in ("never", "allow")
+        assert (run in self.runs) == (resume == "allow")
+        self.current = self.runs.setdefault(run, [])
+
+    def log(self, data, step=None):
+        self.current.append((step, data))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def fake(request, monkeypatch):
+    fake = FakeTracker(request.param)
+    monkeypatch.setitem(sys.modules, request.param, fake)
+    return fake
+
+
+def test_other_trackers_get_the_same_numbers(tmp_path, fake):
+    with Tracker(tmp_path / "mine", tensorboard=False, report_to=[fake.name]) as tracker:
         tracker.log(7, {"loss": np.float64(1.25)})
         tracker.samples(7, [{"prompt": "a", "text": "b"}])
-    assert calls == [("init", "zero2hero", "mine", "never"), (7, {"loss": 1.25}), "finish"]
+    assert list(fake.runs.values()) == [[(7, {"loss": 1.25})]]
+    assert fake.finished == 1
+
+
+def test_other_trackers_have_no_double_points(tmp_path, fake):
+    """Killed at step 9, resumed from 4, killed at 6, resumed from 4, then from 2: each step is sent once."""
+
+    def part(first, last, resume_step):
+        tracker = Tracker(tmp_path, tensorboard=False, resume_step=resume_step, report_to=[fake.name])
+        for step in range(first, last + 1):
+            tracker.log(step, {"loss": float(step)})
+        return tracker  # a killed process closes nothing
+
+    first = part(1, 9, None)
+    part(5, 6, 4)
+    part(5, 7, 4)
+    last = part(3, 12, 2)
+    last.close()
+    (run,) = fake.runs.values()
+    assert [step for step, _ in run] == list(range(1, 13))
+    assert steps(tmp_path) == list(range(1, 13))
+    assert first.state_dict() == {"runs": last.state_dict()["runs"], "step": 9}
+    assert last.state_dict()["step"] == 12
+    assert len([row for row in read_metrics(tmp_path) if "tracker" in row]) == 1
+    part(1, 2, None)  # a fresh run there too
+    assert [step for step, _ in list(fake.runs.values())[1]] == [1, 2]
+
+
+def test_the_cursor_in_a_checkpoint_serves_when_the_record_is_lost(tmp_path, fake):
+    with Tracker(tmp_path, tensorboard=False, report_to=[fake.name]) as tracker:
+        for step in range(1, 6):
+            tracker.log(step, {"loss": 1.0})
+        state = json.loads(json.dumps(tracker.state_dict()))
+    (tmp_path / "metrics.jsonl").unlink()
+    with Tracker(tmp_path, tensorboard=False, resume_step=4, report_to=[fake.name], state=state) as tracker:
+        for step in range(5, 8):
+            tracker.log(step, {"loss": 2.0})
+    (run,) = fake.runs.values()
+    assert [step for step, _ in run] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_tracker_joined_on_resume_gets_what_is_done_from_then_on(tmp_path, fake):
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        for step in range(1, 10):
+            tracker.log(step, {"loss": 1.0})
+    with Tracker(tmp_path, tensorboard=False, resume_step=4, report_to=[fake.name]) as tracker:
+        for step in range(5, 12):
+            tracker.log(step, {"loss": 1.0})
+    (run,) = fake.runs.values()
+    assert [step for step, _ in run] == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_tracker_that_fails_does_not_take_the_run_with_it(tmp_path, fake, capsys, monkeypatch):
+    def broken(*args, **options):
+        raise ConnectionError("the network is down")
+
+    with Tracker(tmp_path, tensorboard=False, report_to=[fake.name]) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        fake.log = broken
+        tracker.log(2, {"loss": 1.0})
+        tracker.log(3, {"loss": 1.0})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert capsys.readouterr().err.count(f"WARNING: {fake.name} gets no more numbers of this run: the network") == 1
+    fake.init = broken
+    with pytest.raises(UserError, match=f"report_to: {fake.name} does not start: the network is down"):
+        Tracker(tmp_path, tensorboard=False, resume_step=3, report_to=[fake.name])
+    assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_broken_records_are_named(tmp_path):

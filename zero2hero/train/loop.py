@@ -62,6 +62,7 @@ class _Window:
     weight: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0  # of these seconds, for data
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -110,6 +111,7 @@ class Trainer:
         self.watchers = list(watchers)
         self.state = State()
         self.metrics: dict[str, float] = {}
+        self.step_loss = math.nan  # of the last step, in nats per token
         self._window = _Window()
         self._asked_to_stop: int | None = None
         tenth = max(1, math.ceil(total_steps / 10))
@@ -137,7 +139,7 @@ class Trainer:
                 self.step()
                 self._window.seconds += time.perf_counter() - started
                 step, last = self.state.step, self.state.step == self.total_steps
-                if step % self.config.logging_steps == 0 or last or step == 1:
+                if self.logs_at(step):
                     self._log()
                 if self.evaluate and (step % self.eval_steps == 0 or last):
                     self._evaluate()
@@ -154,12 +156,19 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def logs_at(self, step: int) -> bool:
+        """Whether a line is logged once `step` steps are done."""
+        return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
+
     def step(self) -> None:
         """One optimizer step."""
         self.model.train()
+        started = time.perf_counter()
         batches = self.data(self.state.step)
+        self._window.waiting += time.perf_counter() - started
         total, weight = self._backward(batches)
         self.metrics["grad_norm"] = self._finish_gradients(batches, total, weight)
+        self.step_loss = total / weight
         self._set_learning_rate()
         for watcher in self.watchers:
             watcher.before_update(self)
@@ -220,6 +229,7 @@ class Trainer:
         for watcher in self.watchers:
             self.metrics |= watcher.metrics()
         self.metrics |= {"tokens_per_second": speed, "num_tokens": self.state.num_tokens}
+        self.metrics["data_share"] = min(1.0, w.waiting / max(w.seconds, 1e-9))
         if self.flops_per_token and self.peak_flops:
             self.metrics["peak_share"] = speed * self.flops_per_token(self.state.step - 1) / self.peak_flops
         if self.tracker:

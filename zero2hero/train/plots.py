@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zero2hero.progress import human_count
+from zero2hero.train.tracking import series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+Draw = Callable[["Rows", Mapping[str, Any], "Theme"], "Figure | None"]
 Floats = NDArray[np.float64]
 
 FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")  # first one found
@@ -49,9 +51,9 @@ DARK = Theme("#171a21", "#e4e7ec", "#8d96a5", "#2b303a", train="#56b4e9", evalua
 
 def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
     """Training and evaluation loss over tokens seen, the learning rate below; None without any loss."""
-    train_steps, train = _series(rows, "loss")
-    eval_steps, evaluation = _series(rows, "eval_loss")
-    rate_steps, rate = _series(rows, "learning_rate")
+    train_steps, train = series(rows, "loss")
+    eval_steps, evaluation = series(rows, "eval_loss")
+    rate_steps, rate = series(rows, "learning_rate")
     if not len(train) and not len(evaluation):
         return None
     from matplotlib.figure import Figure
@@ -104,12 +106,81 @@ def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure |
     return figure
 
 
+def gradient_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """The largest gradient norm between two log lines, before clipping."""
+    curves = {"": series(rows, "grad_norm_max")}
+    return small_figure("Gradient norm", curves, (theme.train,), theme)
+
+
+def update_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """Size of the updates over size of the weights, for each kind of matrix; dashed: what is usual with Adam."""
+    kinds = ("attention", "feedforward", "embeddings", "head", "matrices")
+    curves = {kind: series(rows, f"update_ratio/{kind}") for kind in kinds}
+    colours = (theme.train, theme.evaluation, theme.ngram, theme.quiet, theme.ink)
+    return small_figure("Update / weight", curves, colours, theme, line=1e-3)
+
+
+def gap_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """Training against held-out loss: where they part, the model learns by heart."""
+    curves = {"training": series(rows, "loss"), "held out": series(rows, "eval_loss")}
+    steps, loss = curves["training"]
+    curves["training"] = (steps, smoothed(loss))
+    return small_figure("Training and held-out loss", curves, (theme.train, theme.evaluation), theme)
+
+
+def small_figure(
+    title: str,
+    curves: Mapping[str, tuple[Floats, Floats]],
+    colours: Sequence[str],
+    theme: Theme,
+    line: float | None = None,
+) -> Figure | None:
+    """Curves over steps, for a third of the page: logarithmic, labelled at their ends; `line` is dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 2.7), layout="constrained")
+    axes = figure.subplots()
+    labels: list[tuple[float, str, str]] = []
+    for (name, (steps, values)), colour in zip(curves.items(), colours):
+        steps, values = steps[values > 0], values[values > 0]
+        if len(values):
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(values) < 3 else None)
+            labels.append((float(values[-1]), name, colour))
+    if not labels:
+        return None
+    if line:
+        axes.axhline(line, color=theme.quiet, linewidth=1, linestyle=(0, (5, 4)))
+    axes.set_yscale("log")
+    _log_ticks(axes)
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True, nbins=4)
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    axes.set_xlabel("steps")
+    _label_ends(axes, labels, gap=0.1)
+    _title(axes, title, theme)
+    _dress(axes, theme)
+    return figure
+
+
 # file name in plots/ (without .png) -> function of (metrics, config.json, theme)
-FIGURES: dict[str, Callable[[Rows, Mapping[str, Any], Theme], Figure | None]] = {"loss": loss_figure}
+FIGURES: dict[str, Draw] = {"loss": loss_figure}
+HEALTH: dict[str, Draw] = {
+    "gradient_norm": gradient_figure,
+    "update_ratio": update_figure,
+    "held_out_gap": gap_figure,
+}
 
 
-def draw(rows: Rows, config: Mapping[str, Any], theme: Theme = LIGHT) -> dict[str, bytes]:
-    """Every figure that these metrics allow, as PNG. Raises `ImportError` when matplotlib is missing."""
+def draw(
+    rows: Rows,
+    config: Mapping[str, Any],
+    theme: Theme = LIGHT,
+    figures: Mapping[str, Draw] | None = None,
+) -> dict[str, bytes]:
+    """Each of `figures` (by default `FIGURES`) that these metrics allow, as PNG.
+
+    Raises `ImportError` when matplotlib is missing.
+    """
     import matplotlib
     from matplotlib import font_manager
 
@@ -126,7 +197,7 @@ def draw(rows: Rows, config: Mapping[str, Any], theme: Theme = LIGHT) -> dict[st
     }
     images = {}
     with matplotlib.rc_context(style):
-        for name, function in FIGURES.items():
+        for name, function in (FIGURES if figures is None else figures).items():
             figure = function(rows, config, theme)
             if figure is not None:
                 stream = io.BytesIO()
@@ -148,17 +219,9 @@ def smoothed(values: Floats, share: float = 0.02) -> Floats:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _series(rows: Rows, name: str) -> tuple[Floats, Floats]:
-    """(steps, values) of the rows that hold a finite number under `name`."""
-    kept = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-    points = np.array(kept, dtype=np.float64).reshape(-1, 2)
-    points = points[np.isfinite(points[:, 1])]
-    return points[:, 0], points[:, 1]
-
-
 def _tokens_per_step(rows: Rows) -> float:
     """The scale of the x axis; 1 (the axis shows steps) when tokens were not counted."""
-    steps, tokens = _series(rows, "num_tokens")
+    steps, tokens = series(rows, "num_tokens")
     return float(tokens[-1] / steps[-1]) if len(steps) and steps[-1] > 0 and tokens[-1] > 0 else 1.0
 
 
@@ -168,9 +231,9 @@ def _references(rows: Rows, config: Mapping[str, Any], first: float) -> list[tup
     vocabulary = config.get("vocab_size")
     if vocabulary and first > 0.5 * math.log(vocabulary):
         lines.append((math.log(vocabulary), f"uniform guess  ln {vocabulary} = {math.log(vocabulary):.2f}"))
-    _, ngram = _series(rows, "ngram_nll")
+    _, ngram = series(rows, "ngram_nll")
     if len(ngram):
-        _, order = _series(rows, "ngram_order")
+        _, order = series(rows, "ngram_order")
         name = f"{order[-1]:.0f}-gram" if len(order) else "n-gram"
         lines.append((float(ngram[-1]), f"{name}, same text  {ngram[-1]:#.4g}"))
     return lines
@@ -182,8 +245,6 @@ def _scale_loss(axes: Axes, train: Floats, must_show: Sequence[float]) -> None:
     All that must be shown is, and the training loss but for a few spikes. Where losses are not positive (an
     objective may be negative) the axis is linear.
     """
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-
     shown = np.array([*must_show, *(np.percentile(train, [0.5, 99]) if len(train) else [])])
     low, high = float(shown.min()), float(shown.max())
     if low > 0:
@@ -192,20 +253,31 @@ def _scale_loss(axes: Axes, train: Floats, must_show: Sequence[float]) -> None:
     else:
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6
     axes.set_ylim(low, high)
-    marks = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 12 * low else (1, 2, 5) if high < 300 * low else (1,)
+    _log_ticks(axes)
+
+
+def _log_ticks(axes: Axes) -> None:
+    """Ticks at round numbers, also where a logarithmic axis spans less than a power of ten."""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    marks = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 12 * low else (1, 2, 5)
     ticks = [tick for power in range(-9, 9) for mark in marks if low <= (tick := mark * 10.0**power) <= high]
-    enough = axes.get_yscale() == "log" and len(ticks) >= 4
-    axes.yaxis.set_major_locator(FixedLocator(ticks) if enough else MaxNLocator(6))
+    logarithmic = axes.get_yscale() == "log"
+    if logarithmic and high > 300 * low:
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    else:
+        axes.yaxis.set_major_locator(FixedLocator(ticks) if logarithmic and len(ticks) >= 4 else MaxNLocator(6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:.4g}")
 
 
-def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], gap: float = LABEL_GAP) -> None:
     """Write each (height, text, colour) to the right of the axes, moved up where it would overlap another."""
     to_fraction = axes.transData + axes.transAxes.inverted()
     floor = -math.inf
     for value, text, colour in sorted(labels):
-        floor = max(to_fraction.transform((0, value))[1], floor + LABEL_GAP)
+        floor = max(to_fraction.transform((0, value))[1], floor + gap)
         axes.annotate(
             text,
             (1, floor),

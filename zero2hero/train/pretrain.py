@@ -31,10 +31,12 @@ from zero2hero.models.ngram import NGram
 from zero2hero.nn.logprobs import nll_sum
 from zero2hero.progress import TrainingProgress, track
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.train.diagnosis import Diagnosis, diagnose, verdict
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.report import write_report
-from zero2hero.train.tracking import Tracker, describe_machine
+from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
+from zero2hero.train.vitals import Vitals
 
 TOKENIZER_CHARACTERS = 20_000_000  # of text to train a tokenizer on; more changes its merges no further
 NGRAM_ORDER = 3
@@ -71,6 +73,7 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
             model, causal_lm, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
             progress=progress, peak_flops=peak,
             flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
+            watchers=[Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print)],
         )  # fmt: skip
         resumed = trainer.resume() if config.resume else 0
         lm = LanguageModel(model, tokenizer, shape)
@@ -83,6 +86,7 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
                 tracker.record(0, machine=describe_machine())
                 tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
             trainer.train()
+        progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
     _save_result(lm, trainer, output_dir)
     return lm
 

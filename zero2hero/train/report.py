@@ -11,10 +11,12 @@ The page is a list of sections, each a function of the run. A later stage adds i
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
 from zero2hero.progress import human_count, visible
 from zero2hero.train import plots
+from zero2hero.train.diagnosis import CHECKS, Finding, diagnose
 from zero2hero.train.tracking import read_metrics
 
 COLUMNS_OF_SAMPLES = 4  # steps shown side by side, from the first to the last
@@ -128,21 +131,55 @@ def outcome(run: Run) -> str:
 
 
 def curves(run: Run) -> Section | None:
-    """The figures, once for light and once for dark surroundings; the light ones also go to plots/."""
+    """The figures of the run's course."""
     try:
-        light = plots.draw(run.rows, run.config, plots.LIGHT)
-        dark = plots.draw(run.rows, run.config, plots.DARK)
+        shown = pictures(run, plots.FIGURES)
     except ImportError:
         hint = "Curves need matplotlib: <code>pip install 'zero2hero[train]'</code>, then write this page again."
-        return Section("Curves", f'<p class="quiet">{hint}</p>')
-    pictures = []
+        shown = f'<p class="quiet">{hint}</p>'
+    return Section("Curves", shown) if shown else None
+
+
+def health(run: Run) -> Section | None:
+    """What looks wrong, what to try, and the vital signs to look at; or what was checked and found sound."""
+    if not any("loss" in row for row in run.rows):
+        return None
+    findings = diagnose(run.rows, run.config)
+    if findings:
+        words = "".join(_finding(finding) for finding in findings)
+    else:
+        words = f"<p>Nothing looks wrong. Checked: {escape(', '.join(CHECKS))}.</p>"
+    with contextlib.suppress(ImportError):  # said above
+        words += f'<div class="small">{pictures(run, plots.HEALTH)}</div>'
+    return Section("Diagnosis", words)
+
+
+def _finding(finding: Finding) -> str:
+    def text(words: str) -> str:
+        return re.sub("`([^`]*)`", r"<code>\1</code>", escape(words))
+
+    kind = "finding serious" if finding.serious else "finding"
+    return (
+        f'<div class="{kind}"><h3>{escape(finding.name.capitalize())}</h3><p>{text(finding.what)}</p>'
+        f'<p class="quiet">{text(finding.evidence)}</p><p>Try: {text(finding.advice)}.</p></div>'
+    )
+
+
+def pictures(run: Run, figures: Mapping[str, plots.Draw]) -> str:
+    """Figures, once for light and once for dark surroundings; the light ones also go to plots/.
+
+    Raises `ImportError` when matplotlib is missing.
+    """
+    light = plots.draw(run.rows, run.config, plots.LIGHT, figures)
+    dark = plots.draw(run.rows, run.config, plots.DARK, figures)
+    shown = []
     for name, image in light.items():
         atomic_write(run.path / "plots" / f"{name}.png", image)
-        pictures.append(
+        shown.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark[name])}">'
-            f'<img alt="{name} over the course of the run" src="{_data_uri(image)}"></picture>'
+            f'<img alt="{name.replace("_", " ")} over the course of the run" src="{_data_uri(image)}"></picture>'
         )
-    return Section("Curves", "\n".join(pictures)) if pictures else None
+    return "\n".join(shown)
 
 
 def samples(run: Run) -> Section | None:
@@ -189,7 +226,7 @@ def machine(run: Run) -> Section | None:
 
 
 # the body of the page, in order; a builder returns None when the run has nothing to show in it
-SECTIONS: list[Callable[[Run], Section | None]] = [curves, samples, settings, machine]
+SECTIONS: list[Callable[[Run], Section | None]] = [curves, health, samples, settings, machine]
 
 
 def escape(text: object) -> str:

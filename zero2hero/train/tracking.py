@@ -8,10 +8,13 @@ before a resume does not count), and then either
                eval_bits_per_byte, ngram_nll, ngram_order, ... (losses in nats per token)
     samples    [{"prompt": ..., "text": ...}, ...], what the model wrote at that step
     machine    what `describe_machine` found, or anything else that is not a number
+    tracker    the cursor of the other trackers: the id of their run, and the last step that they have
 
 Lines are appended whole and flushed, so a run that is killed loses at most the line it was writing. A run
 resumed at step s first drops what came after s, for those steps are about to be done again: curves have no
-double points. A fresh run is one resumed before its first step.
+double points. TensorBoard hides them by its `purge_step`; W&B and trackio can only append, so they get nothing
+for a second time: the run is continued under its id, from the first step that they do not have yet.
+A fresh run is one resumed before its first step.
 """
 
 from __future__ import annotations
@@ -22,10 +25,15 @@ import json
 import math
 import os
 import platform
+import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write, saving
@@ -44,31 +52,42 @@ class Tracker:
         tensorboard: bool = True,
         resume_step: int | None = None,
         report_to: Sequence[str] = (),
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the record in `output_dir`.
 
         tensorboard: write scalars to `output_dir/tensorboard` when tensorboard is installed.
         resume_step: keep the record up to this step and go on; None starts a new record.
         report_to: other trackers, "wandb" or "trackio" ("tensorboard" here: an error if it is missing).
-        Raises `UserError` when a tracker in `report_to` is unknown or not installed.
+        state: the `state_dict` in the checkpoint that is resumed, for a run whose metrics.jsonl was lost.
+        Raises `UserError` when a tracker in `report_to` is unknown, not installed or does not start.
         """
         self.path = Path(output_dir) / METRICS_FILE
         last_step = -1 if resume_step is None else resume_step
-        kept: list[dict[str, Any]] = []
-        if resume_step is not None and self.path.exists():
-            kept = [row for row in read_metrics(output_dir) if row["step"] <= last_step]
+        rows = read_metrics(output_dir) if resume_step is not None and self.path.exists() else []
+        kept = [row for row in rows if row["step"] <= last_step and "tracker" not in row]
+        cursors = [*(row["tracker"] for row in rows if "tracker" in row), *([state] if state else [])]
+        self._runs: dict[str, str] = {name: run for cursor in cursors for name, run in cursor["runs"].items()}
+        self._sent = max([row["step"] for row in rows] + [cursor["step"] for cursor in cursors], default=-1)
         with saving(self.path):
-            self._writers = _open_writers(Path(output_dir), tensorboard, last_step, report_to)
+            self._writers = self._open_writers(tensorboard, last_step, report_to)
         atomic_write(self.path, "".join(_to_line(row) for row in kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._began = time.monotonic() - (kept[-1].get("time", 0.0) if kept else 0.0)
+        if self._runs:
+            self.record(max(0, last_step), tracker=self.state_dict())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers (Python, numpy or one-element tensors); NaN and infinities are allowed."""
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         self.record(step, **numbers)
-        for writer in self._writers:
-            writer.log(numbers, step)
+        self._sent = max(self._sent, step)
+        for writer in list(self._writers):
+            self._tell(writer, "log", numbers, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor: the ids of the run at other trackers, and the last step that they have. JSON values."""
+        return {"runs": dict(self._runs), "step": self._sent}
 
     def samples(self, step: int, samples: Iterable[Mapping[str, str]]) -> None:
         """Record what the model writes: one {"prompt", "text"} each, `text` is what follows the prompt."""
@@ -80,10 +99,43 @@ class Tracker:
         with saving(self.path):
             self._file.write(_to_line({"step": int(step), "time": elapsed, **values}).encode("utf-8"))
 
+    def _open_writers(self, tensorboard: bool, last_step: int, report_to: Sequence[str]) -> list[Any]:
+        writers: list[Any] = []
+        for name in dict.fromkeys([*(["tensorboard"] if tensorboard else []), *report_to]):
+            if name not in _INSTALL:
+                raise UserError(f"report_to: no tracker named {name!r}; there are {', '.join(_INSTALL)}")
+            try:
+                writers.append(
+                    _TensorBoard(self.path.parent, last_step) if name == "tensorboard" else self._append(name)
+                )
+            except ImportError:
+                if name in report_to:
+                    raise UserError(f"report_to: {name} is not installed; pip install '{_INSTALL[name]}'") from None
+        return writers
+
+    def _append(self, name: str) -> _Appending:
+        sent = self._sent if name in self._runs else None
+        run = self._runs.setdefault(name, uuid.uuid4().hex[:8])
+        try:
+            return _Appending(name, self.path.parent, run, sent)
+        except ImportError:
+            raise
+        except Exception as error:  # of any kind: no key, no network, a run that was deleted
+            offline = "; WANDB_MODE=offline records on this machine" if name == "wandb" else ""
+            raise UserError(f"report_to: {name} does not start: {error}{offline}") from error
+
+    def _tell(self, writer: Any, method: str, *arguments: Any) -> None:
+        """A tracker that fails is given up with a loud line; the run and its metrics.jsonl go on."""
+        try:
+            getattr(writer, method)(*arguments)
+        except Exception as error:
+            self._writers.remove(writer)
+            print(f"WARNING: {writer.name} gets no more numbers of this run: {error}", file=sys.stderr)
+
     def close(self) -> None:
         self._file.close()
-        for writer in self._writers:
-            writer.finish()
+        for writer in list(self._writers):
+            self._tell(writer, "finish")
         self._writers = []
 
     def __enter__(self) -> Tracker:
@@ -115,6 +167,14 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number} is not a metrics row ({error}); delete the line") from None
         rows.append({key: float(value) if value in _NOT_FINITE else value for key, value in row.items()})
     return rows
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(steps, values) of the rows that hold a finite number under `name`."""
+    kept = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    points = np.array(kept, dtype=np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]
+    return points[:, 0], points[:, 1]
 
 
 def describe_machine() -> dict[str, str]:
@@ -151,6 +211,8 @@ def _to_line(row: Mapping[str, Any]) -> str:
 
 
 class _TensorBoard:
+    name = "tensorboard"
+
     def __init__(self, output_dir: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -165,32 +227,23 @@ class _TensorBoard:
         self.writer.close()
 
 
-class _WandbLike:
-    """Weights & Biases, and trackio, which speaks the same three calls."""
+class _Appending:
+    """Weights & Biases, and trackio, which speaks the same three calls. What they have cannot be taken back.
 
-    def __init__(self, name: str, output_dir: Path, last_step: int) -> None:
+    run: the id of the run there, ours to choose; W&B knows a run by its id, trackio by its name.
+    sent: the last step that they have, or None for a new run.
+    """
+
+    def __init__(self, name: str, output_dir: Path, run: str, sent: int | None) -> None:
+        self.name, self.sent = name, -1 if sent is None else sent
         self.module = importlib.import_module(name)
-        resume = "allow" if last_step >= 0 else "never"
-        self.module.init(project="zero2hero", name=output_dir.resolve().name, resume=resume)
+        folder = output_dir.resolve().name
+        known = {"id": run, "name": folder, "dir": str(output_dir)} if name == "wandb" else {"name": f"{folder}-{run}"}
+        self.module.init(project="zero2hero", resume="never" if sent is None else "allow", **known)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.module.log(dict(metrics), step=step)
+        if step > self.sent:
+            self.module.log(dict(metrics), step=step)
 
     def finish(self) -> None:
         self.module.finish()
-
-
-def _open_writers(output_dir: Path, tensorboard: bool, last_step: int, report_to: Sequence[str]) -> list[Any]:
-    writers: list[Any] = []
-    for name in dict.fromkeys([*(["tensorboard"] if tensorboard else []), *report_to]):
-        if name not in _INSTALL:
-            raise UserError(f"report_to: no tracker named {name!r}; there are {', '.join(_INSTALL)}")
-        try:
-            if name == "tensorboard":
-                writers.append(_TensorBoard(output_dir, last_step))
-            else:
-                writers.append(_WandbLike(name, output_dir, last_step))
-        except ImportError:
-            if name in report_to:
-                raise UserError(f"report_to: {name} is not installed; pip install '{_INSTALL[name]}'") from None
-    return writers
