@@ -34,6 +34,8 @@ HIGH_RATIO, LOW_RATIO = 0.5, 1e-4  # update over weight, at the full learning ra
 DEAD_SHARE = 0.3  # of a layer's units
 WAITING_SHARE = 0.25  # of the time of a step
 SPIKE_NATS, SPIKE_SPREADS, SPIKE_HISTORY = 0.5, 10.0, 16
+TOO_HIGH = "learning rate too high"
+CONSEQUENCES = ("loss spike", "over-fitting", "dead units")  # of that; they say nothing of their own then
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Finding:
 
 def diagnose(rows: Rows, config: Config | None = None) -> list[Finding]:
     """Every finding, the serious ones first. `config`: what config.json holds; `vocab_size` is read from it."""
-    found = [check(rows, config or {}) for check in CHECKS.values()]
-    return sorted((finding for finding in found if finding), key=lambda finding: not finding.serious)
+    found = [finding for check in CHECKS.values() if (finding := check(rows, config or {}))]
+    if any(finding.name == TOO_HIGH for finding in found):
+        found = [finding for finding in found if finding.name not in CONSEQUENCES]
+    return sorted(found, key=lambda finding: not finding.serious)
 
 
 # --- the course of the training loss: one finding at most, the most specific ------------------------------------
@@ -124,10 +128,11 @@ def too_high(c: Course) -> Finding | None:
     worse = c.end > c.uniform + 0.1 and c.fall(0.5) < 0.05 * c.end and not c.ratio < LOW_RATIO
     if not (rise > max(0.3, 0.1 * c.loss[low]) or rewrites or worse):
         return None
-    evidence = f"Loss {c.loss[low]:.3f} at step {c.steps[low]:.0f}, {c.end:.3f} at the end"
+    low = low if rise > 0.1 else 0
+    evidence = f"Loss {c.loss[low]:.3f} at step {c.steps[low]:.0f}, {c.end:.3f} at step {c.steps[-1]:.0f}"
     evidence += f" (guessing uniformly: {c.uniform:.2f})" if math.isfinite(c.uniform) else ""
     return Finding(
-        "learning rate too high",
+        TOO_HIGH,
         "The loss rose and did not come back." if rise > 0.1 else "Each step overshoots, and nothing is learned.",
         evidence + _ratio_words(c) + ".",
         f"`--train.learning_rate {c.rate / 10:.2g}`, a longer warm-up (`--train.warmup_steps 0.1`), "
@@ -178,7 +183,7 @@ def above_ngram(c: Course) -> Finding | None:
 
 
 def _ratio_words(c: Course) -> str:
-    return f"; updates are {c.ratio:.1g} of the weights (about 1e-3 is usual)" if math.isfinite(c.ratio) else ""
+    return f"; update / weight {c.ratio:.1g} (with Adam about 1e-3 is usual)" if math.isfinite(c.ratio) else ""
 
 
 # --- everything else --------------------------------------------------------------------------------------------
