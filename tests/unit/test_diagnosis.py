@@ -117,11 +117,9 @@ def test_learning_rate_far_too_high(tmp_path, optim, rate):
 
 
 def test_a_run_that_ended_in_nan_is_judged_by_what_it_left(tmp_path):
-    told: list[str] = []
     with pytest.raises(UserError, match="the loss is nan"):
-        ill(tmp_path, learning_rate=30.0, told=told)
+        ill(tmp_path, learning_rate=30.0)
     only(diagnose(read_metrics(tmp_path), {"vocab_size": V}), "learning rate too high")
-    assert len(told) == 1, told
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw"])

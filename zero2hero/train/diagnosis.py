@@ -212,7 +212,7 @@ def spikes(rows: Rows, config: Config) -> Finding | None:
         f"The loss of {'a single step' if len(found) == 1 else f'{len(found)} steps'} stands far out.",
         f"Step {exact[i]:.0f}: loss {worst[i]:.3f} where {usual:.3f} was usual"
         + (f", gradient norm up to {norm:.3g}" if norm is not None else "") + ".",
-        "a look at that step's records: are they broken, or in another language or format? If data are sound, "
+        "a look at that step's records: are they broken, or in another language or format? If the data is sound, "
         "`--train.max_grad_norm 0.5`, a longer `--train.warmup_steps`, or a lower `--train.learning_rate`",
     )  # fmt: skip
 
@@ -305,7 +305,7 @@ class Diagnosis(Watcher):
         step = trainer.state.step
         if step < self.next or trainer.tracker is None or not (self.output_dir / METRICS_FILE).exists():
             return
-        self.next = step + max(MIN_ROWS * trainer.config.logging_steps, step // 10)
+        self.next = step + max(MIN_ROWS // 2 * trainer.config.logging_steps, step // 10)
         for finding in diagnose(read_metrics(self.output_dir), self.config):
             if finding.serious and finding.name not in self.told:
                 self.told.add(finding.name)
