@@ -104,4 +104,4 @@ def kind_of(name: str, parameter: Tensor) -> str:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
