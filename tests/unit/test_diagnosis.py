@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, describe
+from zero2hero.config import DecoderConfig, PretrainConfig, TokenizerConfig, TrainConfig, describe
 from zero2hero.data.batches import Batch, evaluation_windows
 from zero2hero.data.cache import Corpus
 from zero2hero.data.worlds import world
 from zero2hero.data.worlds.symbolic import SYMBOLS
 from zero2hero.errors import UserError
+from zero2hero.machine import Machine
 from zero2hero.models import Decoder, init_weights
 from zero2hero.nn.logprobs import nll_sum
 from zero2hero.train import vitals
 from zero2hero.train.diagnosis import CHECKS, Diagnosis, Finding, diagnose, medians, verdict
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import causal_lm
-from zero2hero.train.pretrain import causal_data
+from zero2hero.train.pretrain import causal_data, pretrain
 from zero2hero.train.tracking import Tracker, read_metrics
 from zero2hero.train.vitals import Vitals, share_unused
 
@@ -189,6 +190,24 @@ def test_slow_data(tmp_path):
         trainer.data = late
 
     only(ill(tmp_path, treat=slow, max_steps=40), "slow data")
+
+
+def test_a_run_ends_with_the_verdict_on_screen_and_on_its_page(tmp_path, monkeypatch, capsys):
+    """The whole road: `zero2hero pretrain` with a learning rate at which nothing moves."""
+    monkeypatch.setattr("zero2hero.machine.prepare", lambda: Machine("a processor", 1, 1e9, 0.0, "as is"))
+    (tmp_path / "text.txt").write_text("\n\n".join(world("markov").documents(count=120)))
+    train = TrainConfig(max_steps=24, logging_steps=2, max_length=32, per_device_train_batch_size=2, learning_rate=1e-8)
+    config = PretrainConfig(
+        data=str(tmp_path / "text.txt"), output_dir=str(tmp_path / "run"), precision="fp32", device="cpu", report_to=[],
+        tokenizer=TokenizerConfig(kind="char"), model=dataclasses.replace(SHAPE, vocab_size=0), train=train,
+    )  # fmt: skip
+    pretrain(config)
+    shown = capsys.readouterr().out
+    assert "diagnosis: learning rate too low: The weights hardly move" in shown
+    assert "Try: --train.learning_rate 1e-07 or more" in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Learning rate too low" in page
+    assert "<code>--train.learning_rate 1e-07</code>" in page
 
 
 # --- what is measured -----------------------------------------------------------------------------------------

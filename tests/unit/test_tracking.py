@@ -176,6 +176,19 @@ def test_the_cursor_in_a_checkpoint_serves_when_the_record_is_lost(tmp_path, fak
     assert [step for step, _ in run] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_rewinding_forgets_what_comes_again(tmp_path, fake):
+    with Tracker(tmp_path, tensorboard=False, report_to=[fake.name]) as tracker:
+        for step in range(1, 6):
+            tracker.log(step, {"loss": 1.0})
+        tracker.rewind(2)
+        for step in range(3, 8):
+            tracker.log(step, {"loss": 2.0})
+    assert [row.get("loss") for row in read_metrics(tmp_path) if "loss" in row] == [1, 1, 2, 2, 2, 2, 2]
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    (run,) = fake.runs.values()
+    assert [step for step, _ in run] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_a_tracker_joined_on_resume_gets_what_is_done_from_then_on(tmp_path, fake):
     with Tracker(tmp_path, tensorboard=False) as tracker:
         for step in range(1, 10):

@@ -63,14 +63,24 @@ class Tracker:
         Raises `UserError` when a tracker in `report_to` is unknown, not installed or does not start.
         """
         self.path = Path(output_dir) / METRICS_FILE
+        self._others = tensorboard, report_to
+        self._open(resume_step, state)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`: those steps are done again, as after a resume."""
+        state = self.state_dict()
+        self.close()
+        self._open(step, state)
+
+    def _open(self, resume_step: int | None, state: Mapping[str, Any] | None) -> None:
         last_step = -1 if resume_step is None else resume_step
-        rows = read_metrics(output_dir) if resume_step is not None and self.path.exists() else []
+        rows = read_metrics(self.path.parent) if resume_step is not None and self.path.exists() else []
         kept = [row for row in rows if row["step"] <= last_step and "tracker" not in row]
         cursors = [*(row["tracker"] for row in rows if "tracker" in row), *([state] if state else [])]
         self._runs: dict[str, str] = {name: run for cursor in cursors for name, run in cursor["runs"].items()}
         self._sent = max([row["step"] for row in rows] + [cursor["step"] for cursor in cursors], default=-1)
         with saving(self.path):
-            self._writers = self._open_writers(tensorboard, last_step, report_to)
+            self._writers = self._open_writers(*self._others, last_step)
         atomic_write(self.path, "".join(_to_line(row) for row in kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._began = time.monotonic() - (kept[-1].get("time", 0.0) if kept else 0.0)
@@ -99,7 +109,7 @@ class Tracker:
         with saving(self.path):
             self._file.write(_to_line({"step": int(step), "time": elapsed, **values}).encode("utf-8"))
 
-    def _open_writers(self, tensorboard: bool, last_step: int, report_to: Sequence[str]) -> list[Any]:
+    def _open_writers(self, tensorboard: bool, report_to: Sequence[str], last_step: int) -> list[Any]:
         writers: list[Any] = []
         for name in dict.fromkeys([*(["tensorboard"] if tensorboard else []), *report_to]):
             if name not in _INSTALL:
