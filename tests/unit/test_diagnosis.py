@@ -304,7 +304,15 @@ def test_records_that_lack_things_are_judged_without_fuss():
     assert diagnose(negative) == []
 
 
-def test_what_it_advises_can_be_typed(tmp_path):
+def test_one_worse_evaluation_is_no_over_fitting():
+    falling = [{"step": 10 * i, "loss": 2.0 - i / 50} for i in range(1, 21)]
+    held_out = [2.0, 1.9, 1.8, 1.85]
+    rows = falling + [{"step": 50 * i, "eval_loss": loss} for i, loss in enumerate(held_out, start=1)]
+    assert diagnose(rows) == []
+    only(diagnose([*rows, {"step": 200, "eval_loss": 1.84}]), "over-fitting")
+
+
+def test_what_it_advises_can_be_typed():
     """Every option that any advice names is one of `zero2hero pretrain`."""
     import inspect
 

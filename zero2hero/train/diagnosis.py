@@ -225,7 +225,8 @@ def overfitting(rows: Rows, config: Config) -> Finding | None:
         return None
     train = np.interp(at, steps, medians(loss))
     best = int(np.argmin(held_out))
-    rise, gap, gap_then = held_out[-1] - held_out[best], held_out[-1] - train[-1], held_out[best] - train[best]
+    rise = held_out[-2:].min() - held_out[best]  # twice worse than the best: once is noise
+    gap, gap_then = held_out[-1] - train[-1], held_out[best] - train[best]
     falls = train[-1] <= train[best] and train[-1] <= 1.05 * loss.min()  # it does not after divergence
     if rise < max(0.02, 0.01 * held_out[best]) or gap < gap_then + 0.02 or not falls:
         return None
