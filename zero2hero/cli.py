@@ -64,6 +64,7 @@ def pretrain(verb: str, words: list[str]) -> int:
     examples = [
         "zero2hero pretrain --data book.txt --output_dir runs/book --train.max_steps 500",
         "zero2hero pretrain --data '[stories, notes/]' --model.hidden_size 256 --model.num_attention_heads 8",
+        "zero2hero pretrain --data crawl/ --streaming --train.max_steps 20000 --output_dir runs/crawl",
         "zero2hero pretrain --config recipes/tiny_stories_cpu.yaml --train.learning_rate 1e-3",
         "zero2hero pretrain --data book.txt --output_dir runs/book --train.max_steps 500 --resume",
     ]

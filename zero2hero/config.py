@@ -193,6 +193,9 @@ class PretrainConfig:
     output_dir: str = "runs/pretrain"
     text_column: str | None = None  # of a table; found by itself when there is one candidate
     on_bad_record: str = "raise"  # or skip
+    streaming: bool = False
+    """Tokenize the text as it is read and store nothing: for text that fits neither the memory nor the disk twice.
+    Needs train.max_steps."""
     validation_fraction: float = 0.05  # of the documents, kept out of training
     resume: bool = False
     precision: str = "auto"  # fp32, bf16 (fp32 master weights), auto: bf16 where this machine is faster with it
@@ -211,6 +214,8 @@ class PretrainConfig:
             raise UserError(
                 f"validation_fraction is a share of the documents in (0, 1), not {self.validation_fraction}"
             )
+        if self.streaming and not self.train.max_steps:
+            raise UserError("how long a stream is shows only at its end: with --streaming, set --train.max_steps")
         longest = self.model.max_position_embeddings
         if self.train.max_length > longest:
             object.__setattr__(

@@ -5,6 +5,8 @@ cache = tokenize_to_cache(source, tokenizer)         cache.py
 train, validation = split_documents(cache)
 batches = Batches(train, max_length=256, batch_size=16, seed=0)     batches.py
 batches[0].to("cpu")
+
+batches = StreamingBatches(Stream(source, tokenizer), max_length=256, batch_size=16)     streaming.py
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ _PUBLIC = {
     "Batch": "batches",
     "Batches": "batches",
     "evaluation_windows": "batches",
+    "Stream": "streaming",
+    "StreamingBatches": "streaming",
 }
 
 __all__ = [
@@ -30,6 +34,8 @@ __all__ = [
     "Batches",
     "Corpus",
     "Source",
+    "Stream",
+    "StreamingBatches",
     "TokenCache",
     "evaluation_windows",
     "open_source",
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from zero2hero.data.batches import Batch, Batches, evaluation_windows
     from zero2hero.data.cache import Corpus, TokenCache, split_documents, tokenize_to_cache
     from zero2hero.data.sources import Source, open_source
+    from zero2hero.data.streaming import Stream, StreamingBatches
 
 
 def __getattr__(name: str) -> Any:

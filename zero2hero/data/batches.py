@@ -63,6 +63,19 @@ def _layout(inputs_start_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positions, np.cumsum(starts, axis=1, dtype=np.int64)
 
 
+def batch_of_rows(tokens: np.ndarray, starts: np.ndarray, document_mask: bool = True) -> Batch:
+    """The training batch of rows of T inputs and one token more.
+
+    Args:
+        tokens: [B, T + 1].
+        starts: [B, T + 1], where documents begin.
+        document_mask: see `Batches`.
+    """
+    targets = np.where(starts[:, 1:], IGNORE, tokens[:, 1:])
+    positions, document_ids = _layout(starts[:, :-1] & document_mask)
+    return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, positions, document_ids)
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 
@@ -146,9 +159,7 @@ class Batches:
         epochs, within = np.divmod(np.arange(first, first + self.batch_size), self.windows_per_epoch)
         rows = [self._windows(int(epoch), within[epochs == epoch]) for epoch in np.unique(epochs)]
         tokens, starts = (np.concatenate(parts) for parts in zip(*rows))
-        targets = np.where(starts[:, 1:], IGNORE, tokens[:, 1:])
-        positions, document_ids = _layout(starts[:, :-1] & self.document_mask)
-        return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, positions, document_ids)
+        return batch_of_rows(tokens, starts, self.document_mask)
 
     def __iter__(self) -> Iterator[Batch]:
         index = self.start

@@ -25,7 +25,7 @@ import shutil
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from zero2hero.data.files import Document
 from zero2hero.data.sources import Source
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_directory, cache_folder
@@ -128,9 +129,9 @@ def tokenize_to_cache(
     Raises:
         UserError: the source has no text or cannot be read; the cache folder cannot be written.
     """
-    sections = _sections(source)
+    parts = sections(source)
     key = hashlib.sha256()
-    for part, split in sections:
+    for part, split in parts:
         key.update(f"{part.fingerprint} {split}\n".encode())
     key.update(f"{tokenizer.fingerprint} {FORMAT}".encode())
     name = re.sub(r"[^\w.-]+", "_", Path(source.name).name)[:40]
@@ -143,7 +144,7 @@ def tokenize_to_cache(
     _sweep(folder)
     try:
         with atomic_directory(folder) as temporary:
-            _write(temporary, sections, tokenizer, progress)
+            _write(temporary, parts, tokenizer, progress)
     except UserError as error:
         if not isinstance(error.__cause__, OSError) or "cannot save" not in str(error):
             raise
@@ -162,10 +163,10 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(left)
 
 
-def _sections(source: Source) -> list[tuple[Source, str | None]]:
-    """(part, split) in the order of the cache; split None: to be divided by `split_documents`."""
+def sections(source: Source) -> list[tuple[Source, str | None]]:
+    """(part, "train" or "validation") of every source of a mix, in order; None for one that is yet to be divided."""
     if source.parts:
-        return [section for part in source.parts for section in _sections(part)]
+        return [section for part in source.parts for section in sections(part)]
     if source.validation is None:
         return [(source, None)]
     return [(source, "train"), (source.validation, "validation")]
@@ -173,7 +174,7 @@ def _sections(source: Source) -> list[tuple[Source, str | None]]:
 
 def _write(
     folder: Path,
-    sections: list[tuple[Source, str | None]],
+    parts: list[tuple[Source, str | None]],
     tokenizer: Any,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -181,9 +182,9 @@ def _write(
     offsets, hashes, described = array("q", [0]), array("Q"), []
     with (folder / "tokens.bin").open("wb") as stream:
         written = 0
-        for source, split in sections:
+        for source, split in parts:
             first = len(hashes)
-            for ids, ended in _encode(source, tokenizer):
+            for ids, ended in encode_documents(source.records(), tokenizer):
                 if len(ids) and ids.max() >= tokenizer.vocab_size:
                     raise UserError(f"the tokenizer made id {ids.max()} but has {tokenizer.vocab_size} tokens.")
                 stream.write(ids.astype(dtype).tobytes())
@@ -210,11 +211,13 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _encode(source: Source, tokenizer: Any) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Any
+) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
     """Tokens of a batch of texts, and (end within the batch, hash) of every document that ends in it."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for batch in _batched(_pieces(source, tokenizer)):
+    for batch in _batched(_pieces(documents, tokenizer)):
         encoded = _encode_texts(tokenizer, [piece.text for piece in batch], [piece.where for piece in batch])
         framed: list[list[int]] = []
         ended, length = [], 0
@@ -255,14 +258,17 @@ class _Piece:
     hash: int | None  # of the whole document; set on its last piece
 
 
-def _pieces(source: Source, tokenizer: Any) -> Iterator[_Piece]:
-    for document, where in source.records():
-        digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _pieces(documents: Iterable[Document], tokenizer: Any) -> Iterator[_Piece]:
+    for document, where in documents:
         start = 0
         while len(document) - start > CHARACTERS_PER_PIECE and (end := _cut(document, start, tokenizer)):
             yield _Piece(document[start:end], where, start == 0, None)
             start = end
-        yield _Piece(document[start:], where, start == 0, int.from_bytes(digest, "little"))
+        yield _Piece(document[start:], where, start == 0, _hash(document))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _cut(document: str, start: int, tokenizer: Any) -> int | None:
@@ -334,15 +340,28 @@ def split_documents(cache: TokenCache, validation: float | int = 0.1, seed: int 
 
 def _draw(hashes: np.ndarray, validation: float | int, seed: int) -> np.ndarray:
     """Which documents [n] are held out: those whose hash, mixed with the seed, is low."""
-    scores = _splitmix64(hashes ^ _splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
+    scores = _scores(hashes, seed)
     if isinstance(validation, float):
-        chosen = scores < np.uint64(min(int(validation * 2.0**64), 2**64 - 1))
+        chosen = scores < _threshold(validation)
         if chosen.any() and not chosen.all():
             return np.asarray(chosen)
         validation = 1  # by chance none, or all, of a handful of documents
     if validation >= len(hashes):
         raise UserError(f"{validation} documents for validation, but there are only {len(hashes)} in all.")
     return np.asarray(scores <= np.sort(scores)[validation - 1])
+
+
+def is_held_out(text: str, fraction: float, seed: int) -> bool:
+    """The same draw for a single document, of a source that is never seen whole."""
+    return bool(_scores(np.array([_hash(text)], dtype=np.uint64), seed)[0] < _threshold(fraction))
+
+
+def _scores(hashes: np.ndarray, seed: int) -> np.ndarray:
+    return _splitmix64(hashes ^ _splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
+
+
+def _threshold(fraction: float) -> np.uint64:
+    return np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

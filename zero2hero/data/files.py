@@ -11,8 +11,8 @@ and the like, else the only column that holds strings. Text formats may be compr
 with any other suffix is read as plain text.
 
 Text formats are read here, in constant memory, because a fault must be reported with its line or byte, and
-because a table reader that guesses types turns the word "NA" into a missing value. Parquet goes through the
-`datasets` library, streaming. TSV has no quotes (IANA text/tab-separated-values).
+because a table reader that guesses types turns the word "NA" into a missing value. Parquet is read by pyarrow,
+some rows at a time. TSV has no quotes (IANA text/tab-separated-values).
 """
 
 from __future__ import annotations
@@ -215,15 +215,16 @@ def _is_number(cell: str) -> bool:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    from zero2hero.data.hub import datasets_folder, datasets_library
+    import pyarrow
+    import pyarrow.parquet
 
-    datasets = datasets_library()
-    options = {"split": "train", "streaming": True, "cache_dir": str(datasets_folder())}
     try:
-        for number, row in enumerate(datasets.load_dataset("parquet", data_files=str(path), **options), start=1):
-            yield row, f"{path}, row {number}"
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=1_000) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield row, f"{path}, row {number}"
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
 
 

@@ -7,7 +7,8 @@ files under the project's cache folder. Only data is read: code that a data set 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,30 @@ class HubDataset:
 
     def rows(self) -> Iterator[tuple[Any, str]]:
         """Every record, with where it stands."""
-        size = self.builder.info.dataset_size or self.builder.info.download_size
+        return self._numbered(self._open, f"{self.name}:{self.split}")
+
+    def shards(self) -> list[tuple[str, Callable[[], Iterator[tuple[Any, str]]]]]:
+        """(name, function that streams its records) of every part that can be read by itself."""
         try:
-            if size is None or size > STREAM_ABOVE:
-                rows = self.builder.as_streaming_dataset(split=self.split)
-            else:
-                self.builder.download_and_prepare()
-                rows = self.builder.as_dataset(split=self.split)
-            for number, row in enumerate(rows, start=1):
-                yield row, f"{self.name}:{self.split}, row {number}"
+            stream = self.builder.as_streaming_dataset(split=self.split)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"reading the hub data set '{self.name}' failed: {error}") from error
+        count = stream.n_shards  # also where newer versions have `num_shards`
+        names = [f"{self.name}:{self.split}, shard {index + 1} of {count}" for index in range(count)]
+        open_one = [partial(stream.shard, num_shards=count, index=index) for index in range(count)]
+        return [(name, partial(self._numbered, open, name)) for name, open in zip(names, open_one)]
+
+    def _open(self) -> Iterable[Any]:
+        size = self.builder.info.dataset_size or self.builder.info.download_size
+        if size is None or size > STREAM_ABOVE:
+            return self.builder.as_streaming_dataset(split=self.split)
+        self.builder.download_and_prepare()
+        return self.builder.as_dataset(split=self.split)
+
+    def _numbered(self, open: Callable[[], Iterable[Any]], name: str) -> Iterator[tuple[Any, str]]:
+        try:
+            for number, row in enumerate(open(), start=1):
+                yield row, f"{name}, row {number}"
         except (OSError, RuntimeError) as error:
             raise UserError(f"reading the hub data set '{self.name}' failed: {error}") from error
 

@@ -8,7 +8,7 @@
 
 What exists on the disk wins over a hub data set of the same name. A `Source` can be read as often as wanted
 and never holds all its documents; its `fingerprint` changes whenever they may have changed, and the token
-cache (cache.py) is keyed by it.
+cache (cache.py) is keyed by it. Its `shards` are read one by one where text is streamed (streaming.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from zero2hero.data import files
-from zero2hero.data.files import BadRecords, Document
+from zero2hero.data.files import BadRecords, Document, Row
 from zero2hero.data.worlds import WORLDS, world
 from zero2hero.errors import UserError, did_you_mean
 
@@ -36,23 +37,46 @@ _OTHER_SUFFIXES = frozenset((".md", ".html", ".xml", ".pdf", ".docx", ".zip", ".
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A part of a source that is read by itself: a file, or a shard of a hub data set; `size` in bytes, if known."""
+
+    name: str
+    records: Callable[[], Iterator[Document]]
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Documents that can be read again and again.
 
     Attributes:
         name: for people.
-        fingerprint: equal fingerprints promise equal documents.
+        identity: the fingerprint, or a function that finds it (for a file by reading it whole).
         records: call it for an iterator of (document, where it stands).
         validation: documents made to be held out, where the source has such; otherwise they are split off
             the tokens later (`cache.split_documents`).
         parts: the sources of a mix, in order; empty for a single source.
+        find_shards: where there are several.
     """
 
     name: str
-    fingerprint: str
+    identity: str | Callable[[], str]
     records: Callable[[], Iterator[Document]]
     validation: Source | None = None
     parts: tuple[Source, ...] = ()
+    find_shards: Callable[[], list[Shard]] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal fingerprints promise equal documents."""
+        return self.identity if isinstance(self.identity, str) else self.identity()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The same documents in parts, in order. A shard may be empty, which a source may not."""
+        if self.find_shards is not None:
+            return self.find_shards()
+        return [shard for part in self.parts for shard in part.shards] or [Shard(self.name, self.records)]
 
     def __iter__(self) -> Iterator[str]:
         return (document for document, _ in self.records())
@@ -191,14 +215,32 @@ def _from_files(name: str, paths: list[Path], text_column: str | None, skip: boo
         documents = (files.read_documents(path, text_column, bad) for path in paths)
         return _with_text(name, chain.from_iterable(documents), bad)
 
-    settings = [text_column, skip, [files.file_format(path) for path in paths]]
-    contents = [_file_sha256(path) for path in paths]
-    return Source(name, _sha256(json.dumps([settings, contents])), records)
+    def shard(path: Path) -> Shard:
+        def records() -> Iterator[Document]:
+            bad = BadRecords(skip)
+            return _not_blank(str(path), files.read_documents(path, text_column, bad), bad)
+
+        return Shard(str(path), records, path.stat().st_size)
+
+    def fingerprint() -> str:
+        settings = [text_column, skip, [files.file_format(path) for path in paths]]
+        return _sha256(json.dumps([settings, [_file_sha256(path) for path in paths]]))
+
+    return Source(name, fingerprint, records, find_shards=lambda: [shard(path) for path in paths])
 
 
 def _with_text(name: str, documents: Iterable[Document], bad: BadRecords) -> Iterator[Document]:
-    """Those that are not blank; in the end say what was left out, and that something was there at all."""
+    """Those that are not blank; there must be one."""
     empty = True
+    for document in _not_blank(name, documents, bad):
+        empty = False
+        yield document
+    if empty:
+        raise UserError(f"{name} holds no text: every record is empty or was left out.")
+
+
+def _not_blank(name: str, documents: Iterable[Document], bad: BadRecords) -> Iterator[Document]:
+    """Those that are not blank; in the end say what was left out."""
     for text, where in documents:
         try:
             text.encode()
@@ -206,12 +248,9 @@ def _with_text(name: str, documents: Iterable[Document], bad: BadRecords) -> Ite
             bad.found(where, f"U+{ord(text[error.start]):04X} at index {error.start} is half a character")
             continue
         if text.strip():
-            empty = False
             yield text, where
     if bad.skipped:
         warnings.warn(f"{name}: left out {bad.skipped} bad records; the first: {bad.first}", stacklevel=2)
-    if empty:
-        raise UserError(f"{name} holds no text: every record is empty or was left out.")
 
 
 def _file_sha256(path: Path) -> str:
@@ -238,8 +277,20 @@ def _from_hub(spec: str, text_column: str | None, split: str, skip: bool) -> Sou
             bad = BadRecords(skip)
             return _with_text(spec, files.documents_of(dataset.rows(), text_column, bad), bad)
 
+        def shard(name: str, rows: Callable[[], Iterator[Row]]) -> Shard:
+            def records() -> Iterator[Document]:
+                bad = BadRecords(skip)
+                return _not_blank(name, files.documents_of(rows(), text_column, bad), bad)
+
+            return Shard(name, records)
+
         key = json.dumps([dataset.fingerprint, text_column, skip])
-        return Source(f"{name}:{dataset.split}", _sha256(key), records)
+        return Source(
+            f"{name}:{dataset.split}",
+            _sha256(key),
+            records,
+            find_shards=lambda: [shard(*part) for part in dataset.shards()],
+        )
 
     dataset = HubDataset(name, config, named_split or split)
     source = documents(dataset)
@@ -252,7 +303,7 @@ def _mix(parts: list[Source]) -> Source:
     held_out = [part.validation for part in parts if part.validation is not None]
     return Source(
         name=" + ".join(part.name for part in parts),
-        fingerprint=_sha256("\n".join(part.fingerprint for part in parts)),
+        identity=lambda: _sha256("\n".join(part.fingerprint for part in parts)),
         records=lambda: chain.from_iterable(part.records() for part in parts),
         validation=_mix(held_out) if held_out else None,
         parts=tuple(parts),

@@ -21,6 +21,7 @@ from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, differe
 from zero2hero.data.batches import Batch, Batches, evaluation_windows
 from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
 from zero2hero.data.sources import Source, open_source
+from zero2hero.data.streaming import Stream, StreamingBatches
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
@@ -60,12 +61,20 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
     tokenizer = get_tokenizer(config, source)
     shape = fit_shape(config.model, tokenizer)
     family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
-    cache = tokenize_to_cache(source, tokenizer)
-    training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
+    if config.streaming:
+        stream = Stream(
+            source, tokenizer, config.validation_fraction, config.train.seed, skip=config.on_bad_record == "skip"
+        )
+        training, held_out = stream.sample()
+    else:
+        cache = tokenize_to_cache(source, tokenizer)
+        training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
     model = Decoder(shape)
     init_weights(model, config.train.seed)
     model.to(device)
-    total_steps, data = causal_data(training, config.train, device)
+    total_steps, data = (
+        streamed_data(stream, config.train, device) if config.streaming else causal_data(training, config.train, device)
+    )
     _start_directory(output_dir, config, tokenizer)
     with TrainingProgress(total_steps) as progress:
         evaluate = evaluation(model, held_out, config.train, device, tokenizer)
@@ -162,6 +171,20 @@ def causal_data(corpus: Corpus, config: TrainConfig, device: torch.device) -> tu
         return [_on_device(phases[length][first + i], device) for i in range(accumulation)]
 
     return total, micro_batches
+
+
+def streamed_data(
+    stream: Stream, config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> tuple[int, StreamingBatches]:
+    """The same from a stream, for one rank of several."""
+    batches = StreamingBatches(
+        stream, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps, seed=config.seed, document_mask=config.document_mask,
+        rank=rank, world_size=world_size,
+        length_of=lambda step: _phase_of(config, config.max_steps, step)[0],
+        prepare=lambda batch: _on_device(batch, device),
+    )  # fmt: skip
+    return config.max_steps, batches
 
 
 def _phase_of(config: TrainConfig, total: int, step: int) -> tuple[int, int]:
@@ -264,7 +287,8 @@ def _check_directory(output_dir: Path, config: PretrainConfig) -> None:
     import yaml
 
     before, after = yaml.safe_load(saved.read_text()), to_dict(config)
-    changed = [d for d in differences(before, after) if d.split(":")[0] not in ("resume", "output_dir", "report_to")]
+    free = {"resume", "output_dir", "report_to"} | ({"on_bad_record"} if config.streaming else set())
+    changed = [d for d in differences(before, after) if d.split(":")[0] not in free]
     if changed:
         raise UserError(
             "--resume continues a run with the settings it began with, but these have changed: "
@@ -283,8 +307,9 @@ def _announce(progress, config, shape, training, held_out, dtype, resumed: int, 
 
     weights = shape.num_matrix_parameters
     words = f"resuming at step {resumed} of {total_steps}" if resumed else f"{total_steps} steps"
+    amount = "a stream" if config.streaming else f"{human_count(training.num_tokens)} tokens"
     progress.print(
-        f"{human_count(training.num_tokens)} tokens to learn from, {human_count(held_out.num_tokens)} held out; "
+        f"{amount} to learn from, {human_count(held_out.num_tokens)} tokens held out; "
         f"vocabulary {shape.vocab_size}; {human_count(weights)} matrix weights; "
         f"{str(dtype).removeprefix('torch.')}; {words}"
     )
