@@ -82,6 +82,7 @@ class Course:
     loss: NDArray[np.float64]  # medians of three log lines: a single bad one does not count
     ratio: float  # median update ratio of the matrices, at the full learning rate; NaN when not measured
     rate: float  # the full learning rate
+    gradient: float  # median gradient norm of the second half; NaN when not measured
     held_out: float  # the last evaluation; NaN without
     uniform: float  # ln V; NaN when unknown
     ngram: float  # NaN when unknown
@@ -91,16 +92,22 @@ class Course:
     def of(cls, rows: Rows, config: Config) -> Course:
         steps, loss = series(rows, "loss")
         _, rates = series(rows, "learning_rate")
+        _, norms = series(rows, "grad_norm")
         rate = float(rates.max()) if len(rates) else math.nan
         full = [row for row in rows if row.get("learning_rate", 0) >= 0.9 * rate]
         ratios = [series(full, f"update_ratio/{kind}")[1] for kind in ("attention", "feedforward", "matrices")]
-        measured = np.concatenate(ratios)
         vocabulary = config.get("vocab_size")
         return cls(
-            steps, medians(loss), float(np.median(measured)) if len(measured) else math.nan, rate,
-            _last(rows, "eval_loss"), math.log(vocabulary) if vocabulary else math.nan, _last(rows, "ngram_nll"),
-            f"{_last(rows, 'ngram_order'):.0f}-gram",
-        )  # fmt: skip
+            steps=steps,
+            loss=medians(loss),
+            ratio=_median(np.concatenate(ratios)),
+            rate=rate,
+            gradient=_median(norms[len(norms) // 2 :]),
+            held_out=_last(rows, "eval_loss"),
+            uniform=math.log(vocabulary) if vocabulary else math.nan,
+            ngram=_last(rows, "ngram_nll"),
+            order=f"{_last(rows, 'ngram_order'):.0f}-gram",
+        )
 
     @property
     def end(self) -> float:
@@ -136,7 +143,7 @@ def too_high(c: Course) -> Finding | None:
         "The loss rose and did not come back." if rise > 0.1 else "Each step overshoots, and nothing is learned.",
         evidence + _ratio_words(c) + ".",
         f"`--train.learning_rate {c.rate / 10:.2g}`, a longer warm-up (`--train.warmup_steps 0.1`), "
-        "`--train.max_grad_norm 0.5`; if the loss was too high from the start, look at the data's targets",
+        "`--train.max_grad_norm 0.5`; if the loss was too high from the start, look at the targets in the data",
         serious=True,
     )
 
@@ -163,9 +170,9 @@ def stands_still(c: Course) -> Finding | None:
         "loss stands still",
         "The loss stopped falling long before it is good.",
         f"In the second half of the run it fell by {max(0.0, c.fall(0.5)):.4f}, to {c.end:.3f}"
-        f"{words}{_ratio_words(c)}.",
+        f"{words}; gradient norm {c.gradient:.2g}{_ratio_words(c)}.",
         f"another learning rate (`--train.learning_rate {c.rate * 3:.2g}` and `{c.rate / 3:.2g}`), a larger "
-        "`--model.hidden_size`, and a look at the data: can the next token be told from what comes before it?",
+        "`--model.hidden_size`, and a look at the data, whether the next token can be told from what comes before it",
     )
 
 
@@ -317,6 +324,10 @@ def medians(values: NDArray[np.float64], width: int = 3) -> NDArray[np.float64]:
     """The running median of `width` values, the ends repeated."""
     padded = np.pad(values, width // 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    return float(np.median(values)) if len(values) else math.nan
 
 
 def _last(rows: Rows, name: str) -> float:
