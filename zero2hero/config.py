@@ -110,11 +110,14 @@ class DecoderConfig:
         return 6.0 * self.num_matrix_parameters + attention
 
 
+TOKENIZER_KINDS = ("bpe", "char", "wordpiece", "unigram")
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    kind: str = "bpe"  # bpe, char, or a directory or hub id whose tokenizer to use
+    kind: str = "bpe"  # bpe, char, wordpiece, unigram, or a directory or hub id whose tokenizer to use
     vocab_size: int = 4096  # of a byte-pair tokenizer trained on the run's own text
     pattern: str = "llama3"  # how text is split before merging: llama3, gpt2, qwen2
 
@@ -267,13 +270,13 @@ class TokenizerTrainConfig:
     data: str | list[str] = "stories"
     output_dir: str = "runs/tokenizer"
     vocab_size: int = 4096
-    kind: str = "bpe"  # bpe or char
+    kind: str = "bpe"  # bpe, char, wordpiece (BERT's), unigram (T5's)
     pattern: str = "llama3"  # llama3, gpt2, qwen2
     text_column: str | None = None
     on_bad_record: str = "raise"
 
     def __post_init__(self) -> None:
-        _one_of(self, "kind", ("bpe", "char"))
+        _one_of(self, "kind", TOKENIZER_KINDS)
 
 
 @dataclass(frozen=True)

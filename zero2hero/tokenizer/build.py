@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zero2hero.errors import UserError
 from zero2hero.tokenizer.patterns import SpecialSplitter, check_vocab_size, documents, split_pattern
@@ -25,6 +25,22 @@ def byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
         ]
     )
     raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def word_piece(
+    model: models.WordPiece, lowercase: bool = True, strip_accents: bool | None = None, chinese_characters: bool = True
+) -> tokenizers.Tokenizer:
+    """BERT's pipeline around `model`: cleaned (and lower-cased) text, words and punctuation, then pieces.
+
+    `strip_accents` None: as `lowercase` says. `chinese_characters`: each is a word of its own.
+    """
+    raw = tokenizers.Tokenizer(model)
+    raw.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=chinese_characters, strip_accents=strip_accents, lowercase=lowercase
+    )
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece("##")
     return raw
 
 
@@ -60,6 +76,28 @@ def train_characters(texts: Iterable[str], vocab_size: int, special: list[str]) 
     return raw
 
 
+def train_word_piece(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
+    """BERT's kind of tokenizer, lower-cased: whole words where they are frequent, pieces (`##ing`) elsewhere."""
+    raw = word_piece(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    raw.train_from_iterator(_not_empty(documents(texts)), trainer)
+    return raw
+
+
+def train_unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
+    """T5's kind: the pieces under which the text is likeliest (Kudo 2018, arXiv 1804.10959); a space is written ▁."""
+    raw = tokenizers.Tokenizer(models.Unigram())
+    spaces = [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), *spaces])
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    raw.train_from_iterator(_not_empty(documents(texts)), trainer)
+    return raw
+
+
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
     empty = True
     for text in texts:
@@ -69,10 +107,12 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
         raise UserError("there is no text to train a tokenizer on: every document is empty.")
 
 
-def bos_template(raw: tokenizers.Tokenizer, bos: str) -> processors.TemplateProcessing:
-    """The post-processor that puts one `bos` before a text, and before the second of a pair (type id 1)."""
-    return processors.TemplateProcessing(
-        single=[f"{bos}:0", "$A:0"],
-        pair=[f"{bos}:0", "$A:0", f"{bos}:1", "$B:1"],
-        special_tokens=[(bos, raw.token_to_id(bos))],
+def surround(raw: tokenizers.Tokenizer, single: list[str], second: list[str]) -> None:
+    """Put special tokens around texts: `single` says how one looks, `second` how another one behind it does.
+
+    As in ["[CLS]", "$A", "[SEP]"] and ["$B:1", "[SEP]:1"]; :1 is the type id.
+    """
+    used = [word.removesuffix(":1") for word in single + second if not word.startswith("$")]
+    raw.post_processor = processors.TemplateProcessing(
+        single=single, pair=single + second, special_tokens=[(t, raw.token_to_id(t)) for t in dict.fromkeys(used)]
     )

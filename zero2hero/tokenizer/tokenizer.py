@@ -27,17 +27,18 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
+from zero2hero.config import TOKENIZER_KINDS
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.io import atomic_write
 from zero2hero.tokenizer.bpe import BPE
-from zero2hero.tokenizer.build import bos_template, byte_level, train_bpe, train_characters
+from zero2hero.tokenizer.build import byte_level, surround, train_bpe, train_characters, train_unigram, train_word_piece
 from zero2hero.tokenizer.files import read_tokenizer_files
 from zero2hero.tokenizer.patterns import bytes_to_token, check_special_tokens, check_text
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, "<|im_start|>", "<|im_end|>")  # ids 0 to 4
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-KINDS = ("bpe", "char")
+SENTINELS = 100  # <extra_id_0> ...: what stands for a removed span in T5's training
 
 
 class Tokenizer:
@@ -79,9 +80,19 @@ class Tokenizer:
 
         `kind="bpe"`: byte-level, so every text can be encoded; `vocab_size` counts special tokens and bytes.
         `kind="char"`: one token per character seen; other characters raise `UserError` when encoded.
+        `kind="wordpiece"`: as BERT's, lower-cased; `kind="unigram"`: as T5's, with its 100 sentinels. Both bring
+        special tokens of their own.
         `special_tokens` take the first ids, `SPECIAL_TOKENS` by default; a role whose token is not among
         them is left empty. Raises `UserError` for settings or documents that cannot work.
         """
+        if kind in ("wordpiece", "unigram"):
+            if special_tokens is not None:
+                raise UserError(f"kind='{kind}' has special tokens of its own; leave special_tokens out")
+            return (
+                cls._train_like_bert(texts, vocab_size)
+                if kind == "wordpiece"
+                else cls._train_like_t5(texts, vocab_size)
+            )
         special = check_special_tokens(SPECIAL_TOKENS if special_tokens is None else special_tokens)
         roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         config = {role: token for role, token in roles.items() if token in special}
@@ -93,8 +104,26 @@ class Tokenizer:
         elif kind == "char":
             raw = train_characters(texts, vocab_size, special)
         else:
-            raise UserError(f"unknown tokenizer kind '{kind}'; known: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+            known = ", ".join(TOKENIZER_KINDS)
+            raise UserError(f"unknown tokenizer kind '{kind}'; known: {known}.{did_you_mean(kind, TOKENIZER_KINDS)}")
         return cls._finished(raw, special, config)
+
+    @classmethod
+    def _train_like_bert(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+                 "mask_token": "[MASK]"}  # fmt: skip
+        raw = train_word_piece(texts, vocab_size, list(roles.values()))
+        surround(raw, ["[CLS]", "$A", "[SEP]"], ["$B:1", "[SEP]:1"])
+        return cls(raw, roles)
+
+    @classmethod
+    def _train_like_t5(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(SENTINELS))]  # the last id is the first sentinel
+        raw = train_unigram(texts, vocab_size - SENTINELS, list(roles.values()))
+        raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in sentinels])
+        surround(raw, ["$A", "</s>"], ["$B", "</s>"])
+        return cls(raw, roles)
 
     @classmethod
     def from_bpe(cls, bpe: BPE, **roles: str) -> Tokenizer:
@@ -108,7 +137,8 @@ class Tokenizer:
     def _finished(cls, raw: tokenizers.Tokenizer, special: Sequence[str], config: dict[str, str]) -> Tokenizer:
         raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
         if "bos_token" in config:
-            raw.post_processor = bos_template(raw, config["bos_token"])
+            bos = config["bos_token"]
+            surround(raw, [bos, "$A"], [f"{bos}:1", "$B:1"])
         return cls(raw, config)
 
     @classmethod

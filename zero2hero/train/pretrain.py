@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 
 from zero2hero import machine
-from zero2hero.config import DecoderConfig, PretrainConfig, TrainConfig, differences, to_dict, to_yaml
+from zero2hero.config import (
+    TOKENIZER_KINDS,
+    DecoderConfig,
+    PretrainConfig,
+    TrainConfig,
+    differences,
+    to_dict,
+    to_yaml,
+)
 from zero2hero.data.batches import Batch, Batches, evaluation_windows
 from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
 from zero2hero.data.sources import Source, open_source
@@ -118,7 +126,7 @@ def get_tokenizer(config: PretrainConfig, source: Source) -> Tokenizer:
     c, saved = config.tokenizer, Path(config.output_dir) / "tokenizer.json"
     if config.resume and saved.exists():
         return Tokenizer.from_pretrained(config.output_dir)
-    if c.kind not in ("bpe", "char"):
+    if c.kind not in TOKENIZER_KINDS:
         return Tokenizer.from_pretrained(c.kind)
     texts = track(_up_to(source, TOKENIZER_CHARACTERS), "reading text for the tokenizer")
     return Tokenizer.train(texts, vocab_size=c.vocab_size, pattern=c.pattern, kind=c.kind)
