@@ -252,7 +252,7 @@ def test_broken_folders_are_named(tmp_path, bpe: Tokenizer, monkeypatch) -> None
     folder = tmp_path / "my_model"
     folder.mkdir()
     (folder / "vocab.txt").write_text("[PAD]\n")
-    with pytest.raises(UserError, match=r"no tokenizer.json in .*vocab.txt, an older format"):
+    with pytest.raises(UserError, match=r"vocab.txt has no \[UNK\]"):
         Tokenizer.from_pretrained(folder)
     with pytest.raises(UserError, match=r"no folder .*Did you mean 'my_model'"):
         Tokenizer.from_pretrained("./my_modl")

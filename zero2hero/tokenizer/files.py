@@ -13,9 +13,10 @@ from typing import Any
 
 from zero2hero.errors import UserError
 from zero2hero.fetch import find_folder
+from zero2hero.tokenizer.older import OLDER_FILES, read_older_files
 
-_OLDER_FORMATS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "tekken.json")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", *_OLDER_FORMATS)
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json",
+          *OLDER_FILES)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,17 @@ def read_tokenizer_files(source: str | Path, revision: str | None = None) -> Tok
     """Read the files of `source`; `UserError` when one is missing or is not what it should be."""
     folder = find_folder(source, "tokenizer.json", _FILES, revision)
     read = functools.partial(_read, folder)
-    tokenizer_json = read("tokenizer.json")
-    if tokenizer_json is None:
-        older = [name for name in _OLDER_FORMATS if (folder / name).exists()]
-        hint = (
-            f" It has {', '.join(older)}, an older format: convert it once with "
-            "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-            if older
-            else ""
-        )
-        raise UserError(f"there is no tokenizer.json in {source}.{hint}")
     config = _json_object(read("tokenizer_config.json"), f"{source}/tokenizer_config.json")
     older_roles = _json_object(read("special_tokens_map.json"), f"{source}/special_tokens_map.json")
     config = older_roles | config
+    tokenizer_json = read("tokenizer.json")
+    if tokenizer_json is None:
+        model = _json_object(read("config.json"), f"{source}/config.json")
+        older = read_older_files(folder, config, str(model.get("model_type")))
+        if older is None:
+            raise UserError(f"there is no tokenizer.json in {source}, and no {', '.join(OLDER_FILES)}")
+        raw, config = older
+        tokenizer_json = raw.to_str()
     template = read("chat_template.jinja") or _default_template(config.get("chat_template"))
     return TokenizerFiles(str(source), tokenizer_json, config, template)
 

@@ -26,10 +26,11 @@ Config = dict[str, Any]
 OLDER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 
 
-def read_older_files(folder: Path, config: Config) -> tuple[tokenizers.Tokenizer, Config] | None:
+def read_older_files(folder: Path, config: Config, model_type: str) -> tuple[tokenizers.Tokenizer, Config] | None:
     """The tokenizer of a folder without `tokenizer.json`, and its configuration with the special tokens' roles.
 
-    None when the folder holds no vocabulary that is known.
+    `model_type` (of config.json) tells the class where `tokenizer_class` does not. None when the folder holds no
+    vocabulary that is known.
 
     Raises:
         UserError: a damaged file, or one whose class (`tokenizer_class`) is not known.
@@ -39,7 +40,7 @@ def read_older_files(folder: Path, config: Config) -> tuple[tokenizers.Tokenizer
         return None
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if not named:
-        named = next((kind for name, kind in _USUAL.items() if name in present), "")
+        named = _OF_MODELS.get(model_type) or next((kind for name, kind in _USUAL.items() if name in present), "")
     if named not in _CLASSES:
         raise UserError(
             f"{folder} has {', '.join(present)} but no tokenizer.json, and tokenizer_config.json names the class "
@@ -57,6 +58,9 @@ def read_older_files(folder: Path, config: Config) -> tuple[tokenizers.Tokenizer
 def _bert(folder: Path, config: Config) -> tokenizers.Tokenizer:
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     vocab = {token.rstrip("\r"): i for i, token in enumerate(lines)}
+    for role in ("unk_token", "cls_token", "sep_token"):
+        if _role(config, role) not in vocab:
+            raise UserError(f"{folder / 'vocab.txt'} has no {_role(config, role)}: is it BERT's kind of vocabulary?")
     raw = word_piece(
         models.WordPiece(vocab, unk_token=_role(config, "unk_token"), max_input_chars_per_word=100),
         lowercase=config.get("do_lower_case", True),
@@ -140,7 +144,8 @@ def _with_special_tokens(
     raw: tokenizers.Tokenizer, config: Config, single: str = "", second: str = ""
 ) -> tokenizers.Tokenizer:
     """Register every role's token as special; surround texts as `single` and `second` say (see `surround`)."""
-    roles = {role: _role(config, role) for role in config if role.endswith("_token") and _role(config, role)}
+    named = [role for role, token in config.items() if role.endswith("_token") and isinstance(token, (str, dict))]
+    roles = {role: _role(config, role) for role in named if _role(config, role)}
     raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in roles.values()])
     if single:
         surround(raw, [w.format(**roles) for w in single.split()], [w.format(**roles) for w in second.split()])
@@ -171,5 +176,11 @@ _CLASSES: dict[str, tuple[Make, dict[str, str | None]]] = {
     "SentencePiece": (_plain_sentencepiece, {}),
 }  # fmt: skip
 _CLASSES["DistilBertTokenizer"] = _CLASSES["ElectraTokenizer"] = _CLASSES["BertTokenizer"]
-# what a folder without tokenizer_class holds, where its file leaves no doubt
+_OF_MODELS = {
+    "bert": "BertTokenizer", "gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer", "clip": "CLIPTokenizer", "t5": "T5Tokenizer", "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer", "mixtral": "LlamaTokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+}  # fmt: skip
+# what a folder that names neither holds, where its file leaves no doubt
 _USUAL = {"vocab.txt": "BertTokenizer", "spiece.model": "T5Tokenizer", "tokenizer.model": "SentencePiece"}

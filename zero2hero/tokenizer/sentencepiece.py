@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -47,7 +48,7 @@ def parse(content: bytes, where: str) -> Model:
     Raises:
         UserError: it is cut short, or is not one.
     """
-    model = Model()
+    model, whole = Model(), False
     try:
         for number, value in _fields(content):
             if number == 1:
@@ -60,17 +61,17 @@ def parse(content: bytes, where: str) -> Model:
                 if trainer.get(24, 0):
                     raise UserError(f"{where}: spaces as suffixes (treat_whitespace_as_suffix) are not supported")
             elif number == 3:
-                spec = dict(_fields(value))
+                spec, whole = dict(_fields(value)), True
                 model.charsmap = spec.get(2, b"")
                 model.add_dummy_prefix, model.remove_extra_whitespaces = bool(spec.get(3, 1)), bool(spec.get(4, 1))
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise UserError(f"{where} is not a SentencePiece model, or is damaged ({error!r})") from None
-    if not model.pieces:
-        raise UserError(f"{where} is not a SentencePiece model: it has no pieces")
+    if not model.pieces or not whole:
+        raise UserError(f"{where} is not a SentencePiece model, or is damaged: it has no pieces or no normalization")
     return model
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protocol buffer: numbers as they are, all else as bytes."""
     at = 0
 
