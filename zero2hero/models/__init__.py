@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from zero2hero.config import DecoderConfig
+from zero2hero.model_configs import EncoderConfig
 from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
+from zero2hero.models.encoder import Encoder, with_head
 
-__all__ = ["Decoder", "DecoderConfig", "from_pretrained", "init_weights", "save_pretrained"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "from_pretrained",
+    "init_weights",
+    "save_pretrained",
+    "with_head",
+]

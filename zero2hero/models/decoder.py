@@ -18,6 +18,9 @@ B batch, T time, D width, H heads, G key/value heads, K head width, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,17 +169,22 @@ class Decoder(nn.Module):
         return make_mask(positions, keys, window=window), slots
 
 
-def init_weights(model: Decoder, seed: int = 0) -> None:
-    """Every initial weight of a decoder, from one seed.
+def init_weights(model: nn.Module, seed: int = 0) -> None:
+    """Every initial weight of a model, from one seed; see `init_parameters`."""
+    config: Any = model.config
+    init_parameters(model.named_parameters(), config.initializer_range, seed)
+
+
+def init_parameters(parameters: Iterable[tuple[str, Tensor]], std: float, seed: int = 0) -> None:
+    """Initial weights of named parameters.
 
     Embeddings and input projections are Gaussian; biases are zero, norms one. The projections that write
     into the residual stream start at zero, so that each block starts as the identity and depth is learned
     (Zhang et al. 2019, "Fixup", arXiv 1901.09321; Yang et al. 2022, arXiv 2203.03466).
     """
     generator = torch.Generator().manual_seed(seed)
-    std = model.config.initializer_range
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters:
             if name.endswith(("o_proj.weight", "down_proj.weight")) or name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:

@@ -76,13 +76,12 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: fl
     Keys and values may have fewer heads than queries (grouped-query attention).
     """
     repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
-    if use_explicit(q_BHTK) and not dropout:
+    if use_explicit(q_BHTK) and not dropout and mask.position_bias is None:
         if repeats > 1:
             k_BGSK, v_BGSK = (x.repeat_interleave(repeats, 1) for x in (k_BGSK, v_BGSK))
         return explicit_attention(q_BHTK, k_BGSK, v_BGSK, mask, scale)
-    allowed = None if mask.causal or mask.allowed is None else mask.allowed[:, None]
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=allowed, is_causal=mask.causal, scale=scale,
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.for_fused(), is_causal=mask.causal, scale=scale,
         dropout_p=dropout, enable_gqa=repeats > 1,
     )  # fmt: skip
 
@@ -100,10 +99,12 @@ class Attention(nn.Module):
         bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.head_dim, self.scale, self.dropout = head_dim, head_dim**-0.5, dropout
+        self.head_dim, self.dropout = head_dim, dropout
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=bias)
@@ -134,4 +135,23 @@ class Attention(nn.Module):
             assert slots is not None
             k, v = cache.update(layer, k, v, slots)
         y = attend(q.transpose(1, 2), k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
+
+
+class CrossAttention(Attention):
+    """Attention from one text to another: queries from x [B, T, D], keys and values from a source [B, S, D].
+
+    The source does not change while x grows, so its keys and values are made once, apart.
+    """
+
+    def keys_and_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Two [B, G, S, K]."""
+        B, S, _ = source_BSD.shape
+        k, v = joint_linear(source_BSD, self.k_proj, self.v_proj)
+        return k.view(B, S, -1, self.head_dim).transpose(1, 2), v.view(B, S, -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
+        B, T, _ = x_BTD.shape
+        q = linear(x_BTD, self.q_proj).view(B, T, -1, self.head_dim).transpose(1, 2)
+        y = attend(q, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
         return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)

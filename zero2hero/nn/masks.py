@@ -15,11 +15,23 @@ class Mask:
     """`allowed` [B or 1, T, S] bool: True where a query sees a key. None: every query sees every key.
 
     `causal` says that the rule is the plain triangle over a square [T, T], which fused kernels know.
+    `position_bias` [B or 1, H, T, S] is added to the scores of each head (T5; see positions.py).
     """
 
-    def __init__(self, allowed: Tensor | None, causal: bool = False) -> None:
+    def __init__(self, allowed: Tensor | None, causal: bool = False, position_bias: Tensor | None = None) -> None:
         self.allowed, self.causal = allowed, causal
         self._bias: Tensor | None = None
+        if position_bias is not None:
+            self.causal = False
+            if allowed is not None:
+                position_bias = position_bias.masked_fill(~allowed[:, None], float("-inf"))
+        self.position_bias = position_bias
+
+    def for_fused(self) -> Tensor | None:
+        """The mask argument of a fused kernel, [B or 1, 1 or H, T, S]: bool, or numbers to add."""
+        if self.position_bias is not None:
+            return self.position_bias
+        return None if self.causal or self.allowed is None else self.allowed[:, None]
 
     def bias(self, batch_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:
         """The additive form [B * H, T, S], 0 where allowed and minus infinity elsewhere; made once for all layers."""

@@ -7,10 +7,11 @@ from typing import Any
 from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError
 from zero2hero.models.families.base import Family, Rule, unknown_family
+from zero2hero.models.families.bert import BERT, ROBERTA
 from zero2hero.models.families.gpt2 import GPT2
 from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2)}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, BERT, ROBERTA)}
 
 # What can be written, for those who put a shape together themselves.
 _COMBINATIONS = {
