@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zero2hero.nn.logprobs import nll_sum
+from zero2hero.nn.logprobs import IGNORE, nll_sum
 
 
 @dataclass
@@ -35,5 +35,28 @@ def causal_lm(model: nn.Module, batch: Any) -> Loss:
     """
     positions = batch.positions_BT if batch.document_ids_BT is not None else None
     hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
+    total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
+    return Loss(total, count)
+
+
+def masked_lm(model: nn.Module, batch: Any) -> Loss:
+    """Guess the masked words from both sides (Devlin et al. 2018): the negative log-likelihood in nats.
+
+    `batch`: as `causal_lm`'s, with -100 as target of every word that is not to be guessed.
+    """
+    hidden = model(batch.ids_BT, positions=batch.positions_BT, document_ids=batch.document_ids_BT)
+    guessed = batch.targets_BT != IGNORE
+    head: Any = model.head
+    features, weight = head.as_product(hidden[guessed])
+    total, count = nll_sum(features, weight, batch.targets_BT[guessed])
+    return Loss(total, count)
+
+
+def seq2seq_lm(model: nn.Module, batch: Any) -> Loss:
+    """Write the target given the source (Sutskever et al. 2014; T5's span corruption too): negative log-likelihood.
+
+    `batch`: ids_BS, attention_mask_BS (or None), decoder_ids_BT, targets_BT (-100 for none).
+    """
+    hidden = model(batch.ids_BS, batch.decoder_ids_BT, attention_mask=batch.attention_mask_BS)
     total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
     return Loss(total, count)
