@@ -7,7 +7,9 @@ remains has a default that works on a laptop. This module imports no torch, so t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import math
 import re
 import typing
@@ -151,7 +153,11 @@ class TrainConfig:
     logging_steps: int = 10
     sample_steps: int = 0  # 0: at each evaluation
     early_stopping_patience: int = 0  # evaluations without a better loss before stopping; 0: never
-    keep_last: int = 2  # checkpoints kept
+    keep_last: int = 2  # newest checkpoints kept
+    keep_best: int = 0  # beside those, checkpoints of lowest held-out loss kept; one is saved at each evaluation then
+    on_bad_loss: str = "stop"
+    """When the loss or its gradient is not finite: stop; skip the step's update; or rollback to the last checkpoint
+    and go on behind the data that led there. Either is done a few times at most, and the batch is kept on record."""
     document_mask: bool = True  # packed documents do not see each other
     seed: int = 0
 
@@ -163,13 +169,16 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "max_length",
             "logging_steps",
+            "keep_last",
         )
         _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
-                  "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate", "num_train_epochs",
-                  "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale", "head_lr_scale")  # fmt: skip
+                  "keep_best", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate",
+                  "num_train_epochs", "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale",
+                  "head_lr_scale")  # fmt: skip
         _below(self, 1, "adam_beta1", "adam_beta2")
         _one_of(self, "optim", OPTIMIZERS)
         _one_of(self, "lr_scheduler_type", SCHEDULES)
+        _one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("set train.max_steps, or train.num_train_epochs above 0")
         if any(not 0 < share < 1 for share in self.length_schedule) or sum(self.length_schedule) >= 1:
@@ -335,6 +344,21 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines
+
+
+# What a run may change when it is resumed: it does not change what is learned (and new bad records are new data).
+MAY_CHANGE = {"resume", "output_dir", "report_to", "on_bad_record", "prompts", "logging_steps", "save_steps",
+              "sample_steps", "keep_last", "keep_best"}  # fmt: skip
+
+
+def fingerprint(config: Any) -> str:
+    """SHA-256 of all settings but those: equal for runs that learn the same from the same data."""
+
+    def decisive(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in values.items() if key not in MAY_CHANGE}
+        return {key: decisive(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+    return hashlib.sha256(json.dumps(decisive(to_dict(config)), sort_keys=True).encode()).hexdigest()
 
 
 # --- what the command line shows of a configuration -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files that are never half-written.
+"""Files that are never half-written, and folders that only one process writes to.
 
 A crash, a full disk or a power cut must leave either the old file or the new one. Write under a temporary
 name in the same folder, flush to the disk (`fsync`), then rename: POSIX makes the rename atomic. The folder
@@ -42,6 +42,36 @@ def saving(path: Path) -> Iterator[None]:
             f"cannot save {path}: {reason}. What was there before is untouched; "
             "free some space or choose another --output_dir."
         ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of `folder`. The kernel takes the lock back when this one ends, however it ends.
+
+    Raises:
+        UserError: another process has it, or the folder cannot be written.
+    """
+    path = Path(folder) / ".lock"
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a+")  # noqa: SIM115 (closed below)
+    with stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise UserError(
+                f"{folder} is in use by another run (process {stream.read().strip() or 'unknown'}). Wait for it, "
+                "stop it, or choose another --output_dir."
+            ) from None
+        except ImportError:  # Windows has no flock
+            pass
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:

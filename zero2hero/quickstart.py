@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zero2hero.config import DecoderConfig, PretrainConfig, QuickstartConfig, TokenizerConfig, TrainConfig
+from zero2hero.io import locked
 
 NEXT = """
 Your model is in {directory}: an ordinary Hugging Face directory, which transformers opens too.
@@ -58,6 +59,7 @@ def run(config: QuickstartConfig) -> None:
         from zero2hero.train.pretrain import pretrain
 
         if config.force:
-            shutil.rmtree(directory, ignore_errors=True)
+            with locked(directory):
+                shutil.rmtree(directory, ignore_errors=True)
         pretrain(settings(config))
     print(NEXT.format(directory=directory))

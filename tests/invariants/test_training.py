@@ -25,7 +25,7 @@ from zero2hero.machine import Machine
 from zero2hero.models import Decoder, init_weights
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train import checkpoint
-from zero2hero.train.checkpoint import folder_of, newest_checkpoint, remove_old, verify
+from zero2hero.train.checkpoint import LATEST, folder_of, newest_checkpoint, remove_old, verify
 from zero2hero.train.loop import Stopped, Trainer
 from zero2hero.train.objectives import Loss, causal_lm
 from zero2hero.train.precision import MasterWeights
@@ -64,6 +64,12 @@ class Record:
     def log(self, step: int, metrics) -> None:
         self.rows.append((step, dict(metrics)))
 
+    def rewind(self, step: int) -> None:
+        self.rows = [row for row in self.rows if row[0] <= step]
+
+    def state_dict(self) -> dict:
+        return {}
+
     @property
     def losses(self) -> dict[int, float]:
         return {step: row["loss"] for step, row in self.rows if "loss" in row}
@@ -85,12 +91,19 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.masters.parameters.items()}
 
 
+def kept(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir() if path.name != LATEST)
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def moments(trainer: Trainer) -> dict[str, Tensor]:
-    tensors, _ = checkpoint._flatten(trainer.optimizers)
+    tensors: dict[str, Tensor] = {}
+    checkpoint._take_out(
+        [list(optimizer.state_dict()["state"].values()) for optimizer in trainer.optimizers], "", tensors
+    )
     return tensors
 
 
@@ -224,7 +237,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, optim, dtype, request):
     assert same(moments(straight), moments(interrupted_again))
     assert straight.state == interrupted_again.state
     assert first.tracker.losses | interrupted_again.tracker.losses == straight.tracker.losses
-    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    names = FILES[:-1]
     folders = [folder_of(tmp_path / run, 12) for run in ("straight", "stopped")]
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
@@ -245,7 +258,8 @@ def test_nothing_to_resume_begins_at_zero(tmp_path):
     assert make(tmp_path).resume() == 0
 
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
+FILES = ["model.safetensors", "optimizer.safetensors", "optimizer.json", "state.safetensors", "state.json",
+         "MANIFEST.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -295,12 +309,13 @@ def test_a_damaged_checkpoint_does_not_push_out_whole_ones(tmp_path, keep_last):
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
     make(tmp_path, save_steps=2, keep_last=3).train()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000008", "step-000010", "step-000012"]
+    assert kept(tmp_path) == ["step-000008", "step-000010", "step-000012"]
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == "step-000012\n"
     for step in (999_999, 1_000_000):
         shutil.copytree(folder_of(tmp_path, 12), folder_of(tmp_path, step))
     assert newest_checkpoint(tmp_path) == folder_of(tmp_path, 1_000_000)
     remove_old(tmp_path, 1_000_000, 1)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-1000000"]
+    assert kept(tmp_path) == ["step-1000000"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -318,7 +333,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     trainer.step()
     with pytest.raises(UserError, match="No space left"):
         trainer.save()
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert kept(tmp_path) == ["step-000001"]
     assert verify(folder_of(tmp_path, 1)) is None
 
 
@@ -326,7 +341,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     make(tmp_path, steps=1).train()
     other = Decoder(DecoderConfig(vocab_size=29, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(UserError, match="holds another model"):
-        Trainer(other, causal_lm, lambda step: [], TrainConfig(), 3, tmp_path).resume()
+        Trainer(other, causal_lm, lambda step: [], TrainConfig(**LEARN | {"max_steps": 1}), 3, tmp_path).resume()
 
 
 # --- evaluation, early stopping, accidents ------------------------------------------------------------------

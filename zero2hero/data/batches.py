@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,19 +34,25 @@ IGNORE = -100  # the target that is not trained on; torch's own default ignore_i
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents; every array is int64 [B, T], numpy or (after `to`) torch."""
+    """Rows of packed documents; every array is int64 [B, T], numpy or (after `to`) torch.
+
+    `records`: for each row, what its documents are called (here their numbers in the corpus, one for each token), for
+    a person who wants to know what a step was made of. It is not for the model, and stays as it is.
+    """
 
     ids_BT: Any
     targets_BT: Any
     positions_BT: Any
     document_ids_BT: Any
+    records: Any = None
 
     def to(self, device: Any) -> Batch:
         """The same batch as torch tensors on `device`."""
         import torch
 
-        values = (torch.as_tensor(getattr(self, field.name)) for field in fields(self))
-        return Batch(*(value.to(device, non_blocking=True) for value in values))
+        arrays = {name: value for name, value in vars(self).items() if name.endswith("_BT")}
+        moved = {name: torch.as_tensor(value).to(device, non_blocking=True) for name, value in arrays.items()}
+        return replace(self, **moved)
 
     @property
     def crosses_documents(self) -> bool:
@@ -63,17 +69,18 @@ def _layout(inputs_start_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positions, np.cumsum(starts, axis=1, dtype=np.int64)
 
 
-def batch_of_rows(tokens: np.ndarray, starts: np.ndarray, document_mask: bool = True) -> Batch:
+def batch_of_rows(tokens: np.ndarray, starts: np.ndarray, document_mask: bool = True, records: Any = None) -> Batch:
     """The training batch of rows of T inputs and one token more.
 
     Args:
         tokens: [B, T + 1].
         starts: [B, T + 1], where documents begin.
         document_mask: see `Batches`.
+        records: see `Batch`.
     """
     targets = np.where(starts[:, 1:], IGNORE, tokens[:, 1:])
     positions, document_ids = _layout(starts[:, :-1] & document_mask)
-    return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, positions, document_ids)
+    return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, positions, document_ids, records)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -87,6 +94,7 @@ class _Epoch:
     shift: np.ndarray
     phase: int
     windows: np.ndarray
+    order: np.ndarray  # the corpus's number of each document
 
 
 class Batches:
@@ -158,8 +166,8 @@ class Batches:
         first = (index - self.start) * self.batch_size
         epochs, within = np.divmod(np.arange(first, first + self.batch_size), self.windows_per_epoch)
         rows = [self._windows(int(epoch), within[epochs == epoch]) for epoch in np.unique(epochs)]
-        tokens, starts = (np.concatenate(parts) for parts in zip(*rows))
-        return batch_of_rows(tokens, starts, self.document_mask)
+        tokens, starts, records = (np.concatenate(parts) for parts in zip(*rows))
+        return batch_of_rows(tokens, starts, self.document_mask, records[:, :-1])
 
     def __iter__(self) -> Iterator[Batch]:
         index = self.start
@@ -167,14 +175,14 @@ class Batches:
             yield self[index]
             index += 1
 
-    def _windows(self, number: int, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document starts [len(within), T + 1] of windows of one epoch."""
+    def _windows(self, number: int, within: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, document starts and documents [len(within), T + 1] of windows of one epoch."""
         epoch = self._epoch(number)
         begin = epoch.phase + epoch.windows[within] * self.max_length
         place = (begin[:, None] + np.arange(self.max_length + 1)) % self._num_tokens  # on the circle
         document = np.searchsorted(epoch.begins, place, side="right") - 1
         tokens = self.corpus.tokens[place + epoch.shift[document]].astype(np.int64)
-        return tokens, place == epoch.begins[document]
+        return tokens, place == epoch.begins[document], epoch.order[document]
 
     def _make_epoch(self, number: int) -> _Epoch:
         generator = np.random.default_rng([self.seed % 2**64, self.max_length, number])
@@ -185,6 +193,7 @@ class Batches:
             shift=self.corpus.spans[order, 0] - begins,
             phase=int(generator.integers(self._num_tokens)),
             windows=generator.permutation(self.windows_per_epoch),
+            order=order,
         )
 
 

@@ -1,168 +1,359 @@
 """Checkpoints: everything that a run needs to go on exactly where it stopped, and nothing that can be half-written.
 
-    checkpoints/step-000200/
-        model.safetensors      fp32 master weights, under our own names
-        optimizer.safetensors  the optimizers' moments, and the random state
-        state.json             step, counters, best loss, schedule position
-        MANIFEST.json          size and SHA-256 of each file; written last
+    checkpoints/
+        LATEST                     the name of the newest: step-000200
+        step-000200/
+            model.safetensors      fp32 master weights, under our own names
+            optimizer.safetensors  the optimizers' moments
+            optimizer.json         their settings
+            state.safetensors      random states; tensors that the data and the watchers must remember
+            state.json             step and counters, best loss, sums since the last log line, and the like
+            MANIFEST.json          size, SHA-256 and tensors of each file, and what the run is made with; written last
 
 A checkpoint is written in a folder with a temporary name, every file is flushed to the disk, and the folder is
-renamed: it is there whole or not at all. On resume the newest one whose files match its manifest is taken; a damaged
-one is passed over with a loud line. Tensors are safetensors and the rest is JSON, so loading cannot run code.
+renamed: it is there whole or not at all. The newest one whose files match its manifest is taken on resume; a damaged
+one is passed over with a loud line. Tensors are safetensors and the rest is JSON, so loading cannot run code, and all
+of it is read and checked before anything is overwritten.
+
+The position of the schedule and of the record in metrics.jsonl is the step; so is that of the data, where they are a
+pure function of the step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import random
+import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zero2hero.errors import UserError
-from zero2hero.io import atomic_directory
+from zero2hero.io import atomic_directory, atomic_write, saving
 
-FORMAT = 1
+FORMAT = 2  # raise when the files above change
+MANIFEST, LATEST = "MANIFEST.json", "LATEST"
+_TENSOR = "__tensor__"  # in JSON, {"__tensor__": name} stands for a tensor of the safetensors file beside it
+
+Optimizers = list[torch.optim.Optimizer]
 
 
 def folder_of(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    weights: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    state: dict[str, Any],
-) -> None:
-    """Write one checkpoint. `weights` are the fp32 parameters that the optimizers own.
+# --- a folder with a manifest, whatever is in it --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, **about: Any) -> Iterator[Path]:
+    """Yield a temporary folder to fill; then it gets its manifest, becomes `folder`, and LATEST names it.
+
+    `about`: JSON values for the manifest, such as step, eval_loss and made_with.
 
     Raises:
-        UserError: the disk is full or read-only; earlier checkpoints are untouched.
+        UserError: the disk is full or read-only; earlier folders are untouched.
     """
-    moments, groups = _flatten(optimizers)
     with atomic_directory(folder) as temporary:
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / "model.safetensors")
-            save_file(moments | _random_tensors(), temporary / "optimizer.safetensors")
-        except Exception as error:  # safetensors reports a full disk as an error of its own
-            raise OSError(str(error)) from error
-        everything = state | {"optimizers": groups, "python_random": random.getstate()}
-        (temporary / "state.json").write_text(json.dumps(everything))
-        manifest = {
-            "format": FORMAT,
-            "step": state["step"],
-            "files": {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())},
-        }
-        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+        yield temporary
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        described = {path.relative_to(temporary).as_posix(): _describe(path) for path in files}
+        manifest = {"format": FORMAT, **about, "files": described}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    atomic_write(folder.parent / LATEST, folder.name + "\n")
 
 
-def load_checkpoint(
-    folder: Path, weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and random state back in place; returns the state that was saved.
-
-    Raises:
-        UserError: its tensors are not those of this model and these optimizers.
-    """
-    saved = load_file(folder / "model.safetensors")
-    odd = sorted(saved.keys() ^ weights.keys())
-    shapes = [name for name in saved.keys() & weights.keys() if saved[name].shape != weights[name].shape]
-    if odd or shapes:
-        raise UserError(f"{folder} holds another model: {(odd + shapes)[0]} does not fit")
-    state = json.loads((folder / "state.json").read_text())
-    with torch.no_grad():
-        for name, value in saved.items():
-            weights[name].copy_(value)
-    moments = load_file(folder / "optimizer.safetensors")
-    for index, (optimizer, groups) in enumerate(zip(optimizers, state.pop("optimizers"))):
-        prefix = f"{index}."
-        restored: dict[int, dict[str, Tensor]] = {}
-        for key, value in moments.items():
-            if key.startswith(prefix):
-                _, parameter, name = key.split(".", 2)
-                restored.setdefault(int(parameter), {})[name] = value
-        optimizer.load_state_dict({"state": restored, "param_groups": groups})
-    torch.set_rng_state(moments["random.torch"])
-    *keys, position = moments["random.numpy"].tolist()
-    np.random.set_state({"bit_generator": "MT19937", "state": {"key": np.asarray(keys, np.uint32), "pos": position}})
-    version, internal, gauss = state.pop("python_random")
-    random.setstate((version, tuple(internal), gauss))
-    return state
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose files are those of its manifest, or None. Says aloud which it passes over."""
-    for folder in reversed(_all(output_dir)):
-        fault = verify(folder)
-        if fault is None:
-            return folder
-        print(f"WARNING: {folder} is damaged ({fault}); falling back to the one before it.", file=sys.stderr)
-    return None
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError: it is not there, or not one that this program reads."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.get("files"):
+        raise ValueError(f"{MANIFEST} is not of format {FORMAT}, which this program reads")
+    return manifest
 
 
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this program reads {FORMAT}"
-        for name, expected in manifest["files"].items():
-            if _fingerprint(folder / name) != expected:
+        for name, expected in read_manifest(folder)["files"].items():
+            if _describe(folder / name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def remove_old(output_dir: str | Path, step: int, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest checkpoints up to the one of `step`, which was just written.
+def good_checkpoints(output_dir: str | Path) -> Iterator[Path]:
+    """Those whose files are the ones of their manifests, newest first. Says aloud which it passes over."""
+    for folder in reversed(_all(output_dir)):
+        fault = verify(folder)
+        if fault is None:
+            yield folder
+        else:
+            print(f"WARNING: {folder} is damaged ({fault}); falling back to the one before it.", file=sys.stderr)
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint, or None when none was ever written.
+
+    Raises:
+        UserError: there are checkpoints, and each is damaged.
+    """
+    folder = next(good_checkpoints(output_dir), None)
+    if folder is None and (damaged := _all(output_dir)):
+        raise UserError(
+            f"no checkpoint in {damaged[-1].parent} can be used: {damaged[-1].name} is damaged ({verify(damaged[-1])})"
+            + (f", and so are the {len(damaged) - 1} before it" if damaged[1:] else "")
+            + ". Put a copy back if there is one, or start the run anew in another --output_dir."
+        )
+    return folder
+
+
+def best_checkpoint(output_dir: str | Path) -> Path | None:
+    """Of the whole checkpoints, the first with the lowest held-out loss; None when none was evaluated."""
+    best = min(reversed(list(good_checkpoints(output_dir))), key=eval_loss, default=None)
+    return best if best is not None and math.isfinite(eval_loss(best)) else None
+
+
+def eval_loss(folder: Path) -> float:
+    """The held-out loss at a checkpoint's step, infinite where it was not measured."""
+    try:
+        loss = float(read_manifest(folder)["eval_loss"])
+        return loss if math.isfinite(loss) else math.inf
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def remove_old(output_dir: str | Path, step: int, keep_last: int, keep_best: int = 0) -> None:
+    """Delete checkpoints but the `keep_last` newest and the `keep_best` of lowest held-out loss up to that of `step`,
+    which was just written.
 
     Any later ones were found damaged on resume and passed over; they go too, so that they cannot push out whole ones.
+    So does what a save that was killed left half done.
     """
     folders = _all(output_dir)
-    kept = folders[: folders.index(folder_of(output_dir, step)) + 1][-max(1, keep_last) :]
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    written = folders[: folders.index(folder_of(output_dir, step)) + 1]
+    evaluated = sorted((f for f in written if math.isfinite(eval_loss(f))), key=eval_loss)
+    kept = {*written[-max(1, keep_last) :], *evaluated[:keep_best]}
+    parent = folder_of(output_dir, step).parent
+    with saving(parent):
+        for folder in folders:
+            if folder not in kept and folder.exists():  # out of sight first: deletion may be killed half way
+                os.rename(folder, Path(tempfile.mkdtemp(prefix=".old.", dir=parent)) / folder.name)
+        for left in parent.glob(".*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _all(output_dir: str | Path) -> list[Path]:
-    """Oldest first; from a million steps on, the names grow longer."""
-    return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda p: (len(p.name), p.name))
+    """Oldest first; from a million steps on, the names grow longer. One that LATEST names should be there."""
+    parent = Path(output_dir) / "checkpoints"
+    found = set(parent.glob("step-*"))
+    with contextlib.suppress(OSError, ValueError):
+        latest = (parent / LATEST).read_text().strip()
+        if re.fullmatch(r"step-\d+", latest):
+            found.add(parent / latest)
+    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, and the dtype and shape of each tensor in it."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    found: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found["tensors"] = {name: f"{s.get_dtype()} {s.get_shape()}" for name, s in slices.items()}
+    return found
 
 
-def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
-    """Optimizer states as flat tensors `<optimizer>.<parameter>.<name>`, and the groups as JSON."""
+# --- what is in it --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoint:
+    """What was read from `folder`; `state` is the trainer's own."""
+
+    folder: Path
+    weights: dict[str, Tensor]
+    optimizers: list[dict[str, Any]]
+    random: dict[str, Any]
+    state: dict[str, Any]
+
+    def check(self, weights: Mapping[str, Tensor], optimizers: Optimizers) -> None:
+        """Raises UserError: it does not fit this model and these optimizers."""
+        check_weights(self.folder, self.weights, weights)
+        theirs = [_sizes(saved.get("param_groups", [])) for saved in self.optimizers]
+        ours = [_sizes(optimizer.param_groups) for optimizer in optimizers]
+        if theirs != ours:
+            raise UserError(f"{self.folder} holds another optimizer's state: groups of {theirs} tensors, not {ours}")
+
+    def restore(self, weights: Mapping[str, Tensor], optimizers: Optimizers) -> None:
+        """Put weights, moments and random states back in place; they have been checked."""
+        copy_weights(self.weights, weights)
+        for optimizer, saved in zip(optimizers, self.optimizers):
+            _restore_optimizer(optimizer, saved)
+        set_random_state(self.random)
+
+
+def save_checkpoint(
+    folder: Path, weights: Mapping[str, Tensor], optimizers: Optimizers, state: dict[str, Any], **about: Any
+) -> None:
+    """Write one checkpoint.
+
+    Args:
+        folder: where; see `folder_of`.
+        weights: the fp32 parameters that the optimizers own.
+        optimizers: their states are kept as `state_dict` gives them.
+        state: the rest, nested dictionaries (with texts as keys) and lists of tensors and JSON values.
+        **about: for the manifest, see `publishing`.
+
+    Raises:
+        UserError: the disk is full or read-only; earlier checkpoints are untouched.
+    """
+    states = []
+    for optimizer in optimizers:
+        found = optimizer.state_dict()
+        states.append(found | {"state": {str(parameter): values for parameter, values in found["state"].items()}})
+    with publishing(folder, **about) as temporary:
+        write_tensors(temporary / "model.safetensors", weights)
+        write_tree(temporary, "optimizer", states)
+        write_tree(temporary, "state", {"random": random_state(), "state": state})
+
+
+def read_checkpoint(folder: Path, made_with: Mapping[str, str]) -> Checkpoint:
+    """All that `save_checkpoint` wrote; the folder has been verified.
+
+    `made_with`: what this run is made with, by name (settings, tokenizer, data), as hashes.
+
+    Raises:
+        UserError: the checkpoint was made with something else, or holds something else than it should.
+    """
+    try:
+        found = read_manifest(folder)["made_with"]
+        changed = [what for what in sorted(made_with.keys() | found.keys()) if made_with.get(what) != found.get(what)]
+        if changed:
+            raise UserError(
+                f"{folder} was made with other {' and '.join(changed)} than this run has now. --resume continues a "
+                "run as it began: put back what was changed, or start a new run in another --output_dir."
+            )
+        state = read_tree(folder, "state")
+        optimizers = read_tree(folder, "optimizer")
+        return Checkpoint(folder, read_weights(folder), optimizers, state["random"], state["state"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def check_weights(folder: Path, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError: `saved` does not have the names, shapes and dtypes of `weights`."""
+    theirs, ours = ({name: (tuple(t.shape), t.dtype) for name, t in all.items()} for all in (saved, weights))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{folder} holds another model: {name} does not fit "
+                f"({theirs.get(name, 'missing')} there, {ours.get(name, 'none')} in this run)"
+            )
+
+
+@torch.no_grad()
+def copy_weights(saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, value in saved.items():
+        weights[name].copy_(value)
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    states = {int(parameter): values for parameter, values in saved["state"].items()}
+    optimizer.load_state_dict({"state": states, "param_groups": saved["param_groups"]})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in states.items():
+        ours = optimizer.state[parameters[index]]
+        for name, value in values.items():  # torch turns all but `step` to the parameter's dtype: not so 8-bit moments
+            if isinstance(value, Tensor) and ours[name].dtype != value.dtype:
+                ours[name] = value.to(ours[name].device)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training may draw from: Python's, NumPy's, torch's on each device."""
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = state["numpy"]
+    key = np.asarray(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda in zip(range(torch.cuda.device_count()), state.get("cuda", [])):
+            torch.cuda.set_rng_state(cuda, device)
+
+
+# --- trees of tensors and JSON values -------------------------------------------------------------------------
+
+
+def write_tree(folder: Path, name: str, tree: Any) -> None:
+    """`name`.json, and its tensors in `name`.safetensors."""
     tensors: dict[str, Tensor] = {}
-    groups = []
-    for index, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for parameter, values in state["state"].items():
-            for name, value in values.items():
-                tensors[f"{index}.{parameter}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors, groups
+    skeleton = _take_out(tree, "", tensors)
+    write_tensors(folder / f"{name}.safetensors", tensors)
+    (folder / f"{name}.json").write_text(json.dumps(skeleton))
 
 
-def _random_tensors() -> dict[str, Tensor]:
-    _, keys, position, *_ = np.random.get_state()
-    return {
-        "random.torch": torch.get_rng_state(),
-        "random.numpy": torch.from_numpy(np.append(np.asarray(keys, dtype=np.int64), int(position))),
-    }
+def read_tree(folder: Path, name: str) -> Any:
+    return _put_in(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # so it reports a full disk
+        raise OSError(str(error)) from error
+
+
+def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` with a reference where each tensor was; the tensors go to `tensors`, named for their place."""
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {_TENSOR: place}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{place}: JSON knows only texts as keys, not {list(value)}")
+        return {key: _take_out(inner, f"{place}.{key}".lstrip("."), tensors) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(inner, f"{place}.{i}".lstrip("."), tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _put_in(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return tensors[value[_TENSOR]] if _TENSOR in value else {k: _put_in(v, tensors) for k, v in value.items()}
+    return [_put_in(inner, tensors) for inner in value] if isinstance(value, list) else value

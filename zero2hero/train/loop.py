@@ -7,27 +7,32 @@
     now and then:    log, evaluate, sample, save
 
 What is trained, and on what, comes from outside as functions: `objective` (what to minimize), `data` (a pure function
-of the step, so resuming needs one integer), `evaluate`, `sample`. Ctrl-C or SIGTERM finishes the step, saves, and
-stops; `--resume` goes on from there as if nothing had been.
+of the step, so resuming needs one integer; or an object with a `state_dict`), `evaluate`, `sample`. Ctrl-C or SIGTERM
+finishes the step, saves, and stops; `--resume` goes on from there as if nothing had been. A loss that is not finite
+changes no weight.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from zero2hero.config import TrainConfig
+from zero2hero.config import TrainConfig, fingerprint
 from zero2hero.errors import UserError
 from zero2hero.progress import TrainingProgress
-from zero2hero.train.checkpoint import folder_of, load_checkpoint, newest_checkpoint, remove_old, save_checkpoint
+from zero2hero.train import bad_steps, checkpoint
+from zero2hero.train.checkpoint import folder_of, random_state, set_random_state
 from zero2hero.train.objectives import Objective
 from zero2hero.train.optim import make_optimizers
 from zero2hero.train.precision import MasterWeights
@@ -52,6 +57,8 @@ class State:
     best_eval_loss: float = math.inf
     best_step: int = 0
     evaluations_without_gain: int = 0
+    bad_steps: int = 0  # skipped or rolled back because their loss was not finite
+    data_offset: int = 0  # the data are that many steps ahead, after a roll-back
 
 
 @dataclass
@@ -82,6 +89,8 @@ class Trainer:
         tracker, progress: where numbers go; None: nowhere.
         flops_per_token, peak_flops: for the share of the machine's peak that is shown.
         watchers: what looks on at every step (see train/watch.py).
+        made_with: hashes of what the run is made with, by name (tokenizer, data); its checkpoints resume no other.
+        describe: batch -> JSON values that say which records it holds, for the report of a loss that is not finite.
     """
 
     def __init__(
@@ -101,6 +110,8 @@ class Trainer:
         flops_per_token: Callable[[int], float] | None = None,
         peak_flops: float = 0.0,
         watchers: Sequence[Watcher] = (),
+        made_with: Mapping[str, str] | None = None,
+        describe: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
@@ -109,6 +120,8 @@ class Trainer:
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.watchers = list(watchers)
+        self.tracker_state: dict[str, Any] = {}  # of the checkpoint that was taken up, for a tracker made after that
+        self.made_with, self.describe = {"settings": fingerprint(config), **(made_with or {})}, describe
         self.state = State()
         self.metrics: dict[str, float] = {}
         self.step_loss = math.nan  # of the last step, in nats per token
@@ -118,6 +131,7 @@ class Trainer:
         self.eval_steps = config.eval_steps or tenth
         self.save_steps = config.save_steps or self.eval_steps
         self.sample_steps = config.sample_steps or self.eval_steps
+        self.keep_best = max(config.keep_best, 1 if config.early_stopping_patience else 0)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -126,29 +140,34 @@ class Trainer:
 
         Raises:
             Stopped: asked to stop by a signal; a checkpoint was saved.
-            UserError: the loss is not finite; the last checkpoint is intact.
+            UserError: the loss is not finite, or a checkpoint cannot be written; the last one is intact.
         """
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         try:
             if self.state.step == 0:
-                torch.manual_seed(self.config.seed)  # decides what dropout drops
+                _seed_everything(self.config.seed)  # decides what dropout drops
             if self.state.step == 0 and self.sample:
                 self._outside_training(lambda: self.sample(0))  # type: ignore[misc]
             while self.state.step < self.total_steps and not self._out_of_patience():
-                started = time.perf_counter()
+                started, before = time.perf_counter(), self.state.step
                 self.step()
                 self._window.seconds += time.perf_counter() - started
                 step, last = self.state.step, self.state.step == self.total_steps
+                if step <= before:  # rolled back: what is due at this step was done when it was first reached
+                    continue
                 if self.logs_at(step):
                     self._log()
-                if self.evaluate and (step % self.eval_steps == 0 or last):
+                evaluated = self.evaluate is not None and (step % self.eval_steps == 0 or last)
+                if evaluated:
                     self._evaluate()
                 if self.sample and (step % self.sample_steps == 0 or last):
                     self._outside_training(lambda: self.sample(self.state.step))  # type: ignore[misc]
-                if self.output_dir and (step % self.save_steps == 0 or last or self._asked_to_stop):
-                    self.save()
-                if self._asked_to_stop is not None:
-                    raise Stopped(self._asked_to_stop)
+                stop = self._asked_to_stop  # looked at once: a signal may come between saving and stopping
+                due = step % self.save_steps == 0 or last or stop is not None or (evaluated and self.keep_best > 0)
+                if self.output_dir and due:
+                    self.save(self.metrics["eval_loss"] if evaluated else None)
+                if stop is not None:
+                    raise Stopped(stop)
             if self.config.early_stopping_patience and self.evaluate:
                 self._restore_best()
             return self.metrics
@@ -161,14 +180,17 @@ class Trainer:
         return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
 
     def step(self) -> None:
-        """One optimizer step."""
+        """One optimizer step, unless its loss is not finite (see train/bad_steps.py)."""
         self.model.train()
-        started = time.perf_counter()
-        batches = self.data(self.state.step)
+        window, started = copy.deepcopy(self._window), time.perf_counter()
+        batches = self.data(self.state.step + self.state.data_offset)
         self._window.waiting += time.perf_counter() - started
         total, weight = self._backward(batches)
-        self.metrics["grad_norm"] = self._finish_gradients(batches, total, weight)
+        self.metrics["grad_norm"] = norm = self._finish_gradients(batches, total, weight)
         self.step_loss = total / weight
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self._window = window
+            return bad_steps.handle(self, batches, self.step_loss, norm)
         self._set_learning_rate()
         for watcher in self.watchers:
             watcher.before_update(self)
@@ -185,12 +207,14 @@ class Trainer:
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
         """Add up the gradients of every micro-batch's sum; returns the step's summed loss and its weight."""
         self.masters.zero_grad()
+        self.micro_batch_losses: list[float] = []
         total, weight = 0.0, 0.0
         for batch in batches:
             loss = self.objective(self.model, batch)
             loss.sum.backward()
             total += float(loss.sum.detach())
             weight += float(loss.weight)
+            self.micro_batch_losses.append(float(loss.sum.detach()) / max(1.0, float(loss.weight)))
             self._window.tokens += batch.ids_BT.numel()
             for name, value in loss.metrics.items():
                 self._window.metrics[name] = self._window.metrics.get(name, 0.0) + float(value)
@@ -201,12 +225,10 @@ class Trainer:
         return total, weight
 
     def _finish_gradients(self, batches: list[Any], total: float, weight: float) -> float:
-        """Divide once by the step's weight, refuse what is not finite, clip; returns the norm before clipping."""
+        """Divide once by the step's weight and clip; returns the norm before clipping."""
         gradients = self.masters.gradients
         torch._foreach_mul_(gradients, 1.0 / weight)
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            self._not_finite(total / weight, norm)
         if self.config.max_grad_norm and norm > self.config.max_grad_norm:
             torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
         return norm
@@ -224,7 +246,7 @@ class Trainer:
     def _log(self) -> None:
         w, self._window = self._window, _Window()
         speed = w.tokens / max(w.seconds, 1e-9)
-        self.metrics["loss"] = w.loss / w.weight
+        self.metrics["loss"] = w.loss / w.weight if w.weight else math.nan  # every step of it was skipped
         self.metrics |= {name: value / w.weight for name, value in w.metrics.items()}
         for watcher in self.watchers:
             self.metrics |= watcher.metrics()
@@ -247,12 +269,12 @@ class Trainer:
     def _outside_training(self, work: Callable[[], Any]) -> Any:
         """Run in evaluation mode without gradients; the random state of training is not touched."""
         self.model.eval()
-        random_state = torch.get_rng_state()
+        before = random_state()
         try:
             with torch.no_grad():
                 return work()
         finally:
-            torch.set_rng_state(random_state)
+            set_random_state(before)
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
@@ -261,8 +283,6 @@ class Trainer:
         loss, state = found["eval_loss"], self.state
         if loss < state.best_eval_loss:
             state.best_eval_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
-            if self.config.early_stopping_patience and self.output_dir:
-                self._save_to(self.output_dir / "checkpoints" / "best")
         else:
             state.evaluations_without_gain += 1
         if self.tracker:
@@ -277,29 +297,62 @@ class Trainer:
         return bool(patience) and self.state.evaluations_without_gain >= patience
 
     def _restore_best(self) -> None:
-        if self.output_dir and self.state.best_step not in (0, self.state.step):
-            load_checkpoint(self.output_dir / "checkpoints" / "best", self.masters.parameters, self.optimizers)
+        if not self.output_dir or self.state.best_step in (0, self.state.step):
+            return
+        best = checkpoint.best_checkpoint(self.output_dir)
+        if best is not None:
+            saved = checkpoint.read_weights(best)
+            checkpoint.check_weights(best, saved, self.masters.parameters)
+            checkpoint.copy_weights(saved, self.masters.parameters)
             self.masters.publish()
-            self.metrics["eval_loss"] = self.state.best_eval_loss
+            self.metrics["eval_loss"] = checkpoint.eval_loss(best)
             if self.progress:
-                self.progress.print(f"the weights of step {self.state.best_step}, the best held-out loss, are kept")
+                self.progress.print(f"the weights of {best.name}, the best held-out loss, are kept")
 
-    def save(self) -> None:
-        """Write a checkpoint of this step and delete the oldest."""
+    # --- stop and go on -------------------------------------------------------------------------------------
+
+    def save(self, eval_loss: float | None = None) -> None:
+        """Write a checkpoint of this step, with its held-out loss if that is known, and delete the oldest."""
         assert self.output_dir is not None
-        self._save_to(folder_of(self.output_dir, self.state.step))
-        remove_old(self.output_dir, self.state.step, self.config.keep_last)
-
-    def _save_to(self, folder: Path) -> None:
-        save_checkpoint(folder, self.masters.parameters, self.optimizers, vars(self.state))
+        step, window = self.state.step, self._window
+        state = {
+            "loop": vars(self.state),
+            "window": {"loss": window.loss, "weight": window.weight, "metrics": window.metrics},
+            "watchers": {watcher.name: watcher.state_dict() for watcher in self.watchers},
+            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else {},
+            "tracker": self.tracker.state_dict() if self.tracker else {},
+        }
+        checkpoint.save_checkpoint(
+            folder_of(self.output_dir, step), self.masters.parameters, self.optimizers, state,
+            step=step, eval_loss=eval_loss, made_with=self.made_with,
+        )  # fmt: skip
+        checkpoint.remove_old(self.output_dir, step, self.config.keep_last, self.keep_best)
 
     def resume(self) -> int:
-        """Take up the newest whole checkpoint; returns its step, 0 when there is none."""
-        folder = newest_checkpoint(self.output_dir) if self.output_dir else None
-        if folder is not None:
-            saved = load_checkpoint(folder, self.masters.parameters, self.optimizers)
-            self.masters.publish()
-            self.state = State(**saved)
+        """Take up the newest whole checkpoint; returns its step, 0 when there is none.
+
+        Raises:
+            UserError: all are damaged, or the newest is of a run that is made otherwise; nothing was changed then.
+        """
+        folder = checkpoint.newest_checkpoint(self.output_dir) if self.output_dir else None
+        if folder is None:
+            return self.state.step
+        saved = checkpoint.read_checkpoint(folder, self.made_with)
+        try:
+            state, window = State(**saved.state["loop"]), _Window(**saved.state["window"])
+            data, watchers, tracker = (saved.state[name] for name in ("data", "watchers", "tracker"))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder}: state.json is not the loop's: {error}") from error
+        if watchers.keys() != {watcher.name for watcher in self.watchers}:
+            raise UserError(f"{folder} was watched by {sorted(watchers)}, this run is by others: give it the same")
+        saved.check(self.masters.parameters, self.optimizers)
+        if hasattr(self.data, "load_state_dict"):  # first, for these may have changed
+            self.data.load_state_dict(data)
+        saved.restore(self.masters.parameters, self.optimizers)
+        self.masters.publish()
+        self.state, self._window, self.tracker_state = state, window, tracker
+        for watcher in self.watchers:
+            watcher.load_state_dict(watchers[watcher.name])
         return self.state.step
 
     def _stop(self, number: int, frame: Any) -> None:
@@ -309,13 +362,11 @@ class Trainer:
         if self.progress:
             self.progress.print("stopping after this step; the run is saved and --resume continues it")
 
-    def _not_finite(self, loss: float, norm: float) -> None:
-        kept = newest_checkpoint(self.output_dir) if self.output_dir else None
-        where = f" The checkpoint {kept.name} is intact." if kept else ""
-        raise UserError(
-            f"step {self.state.step + 1}: the loss is {loss} and its gradient norm {norm}; nothing was updated.{where} "
-            "Try a smaller --train.learning_rate, a longer --train.warmup_steps, or --precision fp32."
-        )
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _main_thread() -> bool:

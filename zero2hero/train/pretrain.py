@@ -13,16 +13,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from zero2hero import machine
 from zero2hero.config import (
+    MAY_CHANGE,
     TOKENIZER_KINDS,
     DecoderConfig,
     PretrainConfig,
     TrainConfig,
     differences,
+    fingerprint,
     to_dict,
     to_yaml,
 )
@@ -32,7 +36,7 @@ from zero2hero.data.sources import Source, open_source
 from zero2hero.data.streaming import Stream, StreamingBatches
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
-from zero2hero.io import atomic_write
+from zero2hero.io import atomic_write, locked
 from zero2hero.language_model import LanguageModel, save
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.families import family_to_write
@@ -51,15 +55,21 @@ TOKENIZER_CHARACTERS = 20_000_000  # of text to train a tokenizer on; more chang
 NGRAM_ORDER = 3
 NGRAM_TOKENS = 3_000_000
 PROMPT_WORDS = 8
+TOKENS_SHOWN = 60  # of each row whose loss is not finite
 
 
 def pretrain(config: PretrainConfig) -> LanguageModel:
-    """Train a model from scratch and leave it in `config.output_dir`.
+    """Train a model from scratch and leave it in `config.output_dir`, which is this run's alone for that time.
 
     Raises:
         UserError: anything in the data or settings that a person can mend.
         Stopped: asked to stop by a signal; `resume` continues.
     """
+    with locked(config.output_dir):
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> LanguageModel:
     device = pick_device(config.device)
     dtype, peak = choose_precision(config.precision, device)
     output_dir = Path(config.output_dir)
@@ -69,13 +79,15 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
     tokenizer = get_tokenizer(config, source)
     shape = fit_shape(config.model, tokenizer)
     family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
-    if config.streaming:
+    made_with = {"settings": fingerprint(config), "tokenizer": tokenizer.fingerprint}
+    if config.streaming:  # it knows its shards by itself
         stream = Stream(
             source, tokenizer, config.validation_fraction, config.train.seed, skip=config.on_bad_record == "skip"
         )
         training, held_out = stream.sample()
     else:
         cache = tokenize_to_cache(source, tokenizer)
+        made_with["data"] = cache.folder.name
         training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
     model = Decoder(shape)
     init_weights(model, config.train.seed)
@@ -91,11 +103,13 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
             progress=progress, peak_flops=peak,
             flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
             watchers=[Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print)],
+            made_with=made_with, describe=lambda batch: what_is_in(batch, tokenizer),
         )  # fmt: skip
         resumed = trainer.resume() if config.resume else 0
         lm = LanguageModel(model, tokenizer, shape)
         with Tracker(output_dir, "tensorboard" in config.report_to, resumed or None,
-                     [name for name in config.report_to if name != "tensorboard"]) as tracker:  # fmt: skip
+                     [name for name in config.report_to if name != "tensorboard"],
+                     trainer.tracker_state) as tracker:  # fmt: skip
             trainer.tracker = tracker
             trainer.sample = sampler(lm, config, held_out, tracker, progress)
             _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps)
@@ -212,6 +226,14 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     return moved if packed else dataclasses.replace(moved, document_ids_BT=None)
 
 
+def what_is_in(batch: Batch, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """For each row, the documents (their numbers in the training corpus) and how its text begins."""
+    records = batch.records if batch.records is not None else [[]] * len(batch.ids_BT)
+    documents = [list(dict.fromkeys(np.asarray(row).tolist())) for row in records]
+    texts = [tokenizer.decode(row[:TOKENS_SHOWN].tolist()) for row in batch.ids_BT]
+    return [{"documents": d, "text": t} for d, t in zip(documents, texts)]
+
+
 # --- evaluation and samples ---------------------------------------------------------------------------------
 
 
@@ -294,9 +316,12 @@ def _check_directory(output_dir: Path, config: PretrainConfig) -> None:
         raise UserError(f"nothing to resume: {saved} does not exist. Start the run without --resume.")
     import yaml
 
-    before, after = yaml.safe_load(saved.read_text()), to_dict(config)
-    free = {"resume", "output_dir", "report_to"} | ({"on_bad_record"} if config.streaming else set())
-    changed = [d for d in differences(before, after) if d.split(":")[0] not in free]
+    try:
+        before, after = yaml.safe_load(saved.read_text()), to_dict(config)
+        changed = [d for d in differences(before, after) if d.split(":")[0].split(".")[-1] not in MAY_CHANGE]
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{saved} is damaged ({why}): put a copy back, or start a new run elsewhere") from None
     if changed:
         raise UserError(
             "--resume continues a run with the settings it began with, but these have changed: "

@@ -106,8 +106,10 @@ class Tracker:
     def record(self, step: int, **values: Any) -> None:
         """Append one line of any JSON values to metrics.jsonl (and to no other tracker)."""
         elapsed = round(time.monotonic() - self._began, 3)
+        line = memoryview(_to_line({"step": int(step), "time": elapsed, **values}).encode("utf-8"))
         with saving(self.path):
-            self._file.write(_to_line({"step": int(step), "time": elapsed, **values}).encode("utf-8"))
+            while line:  # a disk that is nearly full takes a part and says so only at the next call
+                line = line[self._file.write(line) :]
 
     def _open_writers(self, tensorboard: bool, report_to: Sequence[str], last_step: int) -> list[Any]:
         writers: list[Any] = []
