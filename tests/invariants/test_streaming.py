@@ -121,7 +121,7 @@ def test_an_epoch_reads_every_training_document_once_and_no_other(folder):
     seen = []
     for number, lane in batches.lanes.items():
         epochs = {}
-        for (epoch, *_), block in lane._fill((0, 0, 0)):
+        for (epoch, *_), block, _ in lane._fill((0, 0, 0)):
             if epoch == 2:
                 break
             texts = [" ".join(map(str, block.document(i)[1:])) for i in range(block.num_documents)]
@@ -155,6 +155,21 @@ def test_rows_are_cut_side_by_side_and_say_what_packed_rows_say(folder):
             if lane in last:  # the row before in the same lane has foretold this row's first token
                 assert last[lane] == [IGNORE if ids[row, 0] == BOS else ids[row, 0]]
             last[lane] = [targets[row, -1]]
+
+
+def test_each_row_names_its_records(folder):
+    """For the report of a step whose loss is not finite: file and line, for every row."""
+    batches = make(folder, batch_size=4, accumulation=2)
+    for step in range(6):
+        for batch in batches(step):
+            for tokens, numbers, records in zip(batch.ids_BT, batch.document_ids_BT, batch.records, strict=True):
+                lines = []
+                for place in records:
+                    path, _, line = place.partition(", line ")
+                    lines += json.loads(Path(path).read_text().splitlines()[int(line) - 1])["text"].split()
+                text = [str(token) for token in tokens.tolist() if token != BOS]
+                assert set(text) <= set(lines)
+                assert len(records) == numbers.max() + 1
 
 
 def test_the_document_mask_can_be_left_out(tmp_path):
@@ -503,7 +518,11 @@ def test_pretrain_from_a_stream_stopped_and_resumed_gives_the_same_file(text, mo
     with pytest.raises(Stopped):
         pretrain(run_config(text, "stopped"))
     monkeypatch.setattr(Trainer, "step", step)
+    read: list[int] = []
+    following = StreamingBatches._next
+    monkeypatch.setattr(StreamingBatches, "_next", lambda batches: (read.append(batches.step), following(batches))[1])
     pretrain(run_config(text, "stopped", resume=True, on_bad_record="skip"))  # which may be added
+    assert read == [5, 6, 7]  # the checkpoint knew where to go on
     straight, stopped = (load_file(text / run / "model.safetensors") for run in ("straight", "stopped"))
     assert straight.keys() == stopped.keys()
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)

@@ -25,6 +25,7 @@ import heapq
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -122,8 +123,8 @@ class Stream:
     def is_held_out(self, document: Document, fraction: float) -> bool:
         return fraction >= 1 or (fraction > 0 and is_held_out(document[0], fraction, self.seed))
 
-    def encode(self, documents: list[Document]) -> Corpus:
-        """Their tokens in memory, framed; one that comes out of the tokenizer as nothing is left out."""
+    def encode(self, documents: list[Document]) -> tuple[Corpus, np.ndarray]:
+        """Their tokens in memory, framed, and where each stands; without those that the tokenizer makes nothing of."""
         tokens, ends = [np.zeros(0, dtype=np.int32)], [0]
         length = 0
         for ids, ended in encode_documents(documents, self.tokenizer):
@@ -131,7 +132,9 @@ class Stream:
             ends += [length + end for end, _ in ended]
             length += len(ids)
         spans = np.stack([ends[:-1], ends[1:]], axis=1)
-        return Corpus(np.concatenate(tokens), spans[spans[:, 0] < spans[:, 1]])
+        kept = spans[:, 0] < spans[:, 1]
+        places = np.array([place for _, place in documents], dtype=object)
+        return Corpus(np.concatenate(tokens), spans[kept]), places[kept]
 
     def sample(self) -> tuple[Corpus, Corpus]:
         """(training, held-out) documents from where each source begins, about SAMPLE_TOKENS, to measure by.
@@ -164,7 +167,7 @@ class Stream:
         for shard in shards:
             for _, document in self.read(shard):
                 if self.is_held_out(document, fraction) == held_out:
-                    tokens = self.encode([document]).tokens[:budget]
+                    tokens = self.encode([document])[0].tokens[:budget]
                     documents += [tokens] * bool(len(tokens))
                     budget -= len(tokens)
                     if budget <= 0:
@@ -202,22 +205,29 @@ class Lane:
         self._blocks = self._fill((0, 0, 0))
         self._begin: Cursor = (0, 0, 0)  # of the buffer
         self._buffer: Corpus | None = None
+        self._places = np.zeros(0, dtype=object)  # of its documents
         self._document = self._offset = 0  # of the token that is next
 
-    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document starts [rows, length + 1]; the last of a row is the first of the next."""
+    def take(self, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+        """Tokens and document starts [rows, length + 1], and which documents are in each row.
+
+        The last token of a row is the first of the next.
+        """
         need = rows * length + 1
         tokens, starts = np.empty(need, dtype=np.int64), np.zeros(need, dtype=bool)
+        records: list[list[str]] = [[] for _ in range(rows)]
         filled = 0
         while filled < need:
             part = self._rest_of_document()[: need - filled]
             tokens[filled : filled + len(part)] = part
             starts[filled] = self._offset == 0
+            for row in range(filled // length, min(rows, -(-(filled + len(part)) // length))):
+                records[row].append(self._places[self._document])
             filled += len(part)
             self._offset += len(part)
         self._offset -= 1  # the last token is read again
         place = np.arange(rows)[:, None] * length + np.arange(length + 1)
-        return tokens[place], starts[place]
+        return tokens[place], starts[place], records
 
     def _rest_of_document(self) -> np.ndarray:
         while True:
@@ -226,7 +236,7 @@ class Lane:
                     return rest
                 self._document, self._offset = self._document + 1, 0
             else:
-                self._begin, self._buffer = next(self._blocks)
+                self._begin, self._buffer, self._places = next(self._blocks)
                 self._document = self._offset = 0
 
     def state(self) -> list[int]:
@@ -236,7 +246,7 @@ class Lane:
     def load_state(self, state: list[int]) -> None:
         epoch, place, record, document, offset = state
         self._blocks = self._fill((epoch, place, record))
-        self._begin, self._buffer = next(self._blocks)
+        self._begin, self._buffer, self._places = next(self._blocks)
         self._document, self._offset = document, offset
         lengths = self._buffer.spans[:, 1] - self._buffer.spans[:, 0]
         there = (document, offset) == (0, 0) or (document < len(lengths) and offset < lengths[document])
@@ -246,8 +256,8 @@ class Lane:
                 "since the checkpoint. Put them back, or start a new run."
             )
 
-    def _fill(self, begin: Cursor) -> Iterator[tuple[Cursor, Corpus]]:
-        """Buffer after buffer of permuted documents, each with where it begins; none spans two epochs."""
+    def _fill(self, begin: Cursor) -> Iterator[tuple[Cursor, Corpus, np.ndarray]]:
+        """(where it begins, permuted documents, where they stand) of buffer after buffer; none spans two epochs."""
         while True:
             found = begin[1:] != (0, 0)
             documents: list[Document] = []
@@ -257,11 +267,11 @@ class Lane:
                 characters += len(document[0])
                 if len(documents) == self.buffer_size or characters >= CHARACTERS_PER_BATCH:
                     block, documents, characters = self._permuted(documents, begin), [], 0
-                    yield begin, block
+                    yield begin, *block
                     begin, found = behind, True
             if documents:
                 block, documents = self._permuted(documents, begin), []
-                yield begin, block
+                yield begin, *block
             elif not found and self.stream.passed_over and len(self.shards) < len(self.stream.shards):
                 self.shards = list(range(len(self.stream.shards)))  # all that is its own is broken: help the others
             elif not found:
@@ -283,10 +293,10 @@ class Lane:
                 if mine and not self.stream.is_held_out(document, self.stream.fractions[shard]):
                     yield (epoch, here, number + 1), document
 
-    def _permuted(self, documents: list[Document], begin: Cursor) -> Corpus:
-        corpus = self.stream.encode(documents)
+    def _permuted(self, documents: list[Document], begin: Cursor) -> tuple[Corpus, np.ndarray]:
+        corpus, places = self.stream.encode(documents)
         order = np.random.default_rng([self.seed, self.number, *begin]).permutation(corpus.num_documents)
-        return Corpus(corpus.tokens, corpus.spans[order])
+        return Corpus(corpus.tokens, corpus.spans[order]), places[order]
 
 
 def arrange(sizes: Sequence[int | None], rows: int) -> tuple[int, list[list[int]]]:
@@ -390,9 +400,11 @@ class StreamingBatches:
             raise UserError(f"step {self.step + 1}: {error} {hint}") from error
         self.step += 1
         skipped = self.rank * own - min(self.lanes) * per_lane  # rows of the first lane that are another rank's
-        tokens, starts = (np.concatenate(arrays)[skipped : skipped + own] for arrays in zip(*parts))
+        tokens, starts = (np.concatenate(arrays)[skipped:] for arrays in list(zip(*parts))[:2])
+        records = list(chain.from_iterable(names for _, _, names in parts))[skipped:]
         cuts = [slice(first, first + size) for first in range(0, own, size)]
-        return [self.prepare(batch_of_rows(tokens[cut], starts[cut], self.document_mask)) for cut in cuts]
+        batches = [batch_of_rows(tokens[cut], starts[cut], self.document_mask, records[cut]) for cut in cuts]
+        return [self.prepare(batch) for batch in batches]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: the step that is next, and where each lane of this rank stands."""
