@@ -63,3 +63,62 @@ class EncoderConfig:
     def longest(self) -> int:
         """Tokens that a text may have."""
         return self.max_position_embeddings - self.position_offset
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """The shape of an encoder-decoder. The defaults are T5's version 1.1; 0 derives, as in `DecoderConfig`."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    source_vocab_size: int = 0  # of an encoder with an embedding of its own; 0: both share one
+    hidden_size: int = 192  # width of the residual stream
+    num_hidden_layers: int = 4  # of the encoder
+    num_decoder_layers: int = 0  # 0: as many
+    num_attention_heads: int = 6
+    head_dim: int = 0  # 0: hidden_size / heads
+    intermediate_size: int = 0  # width of the feed-forward; 0: 4 D plain, 8/3 D gated
+    position: str = "relative"  # relative (T5), sinusoidal
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # farther away is as far
+    max_position_embeddings: int = 512  # of sinusoidal positions; relative ones have no end
+    norm: str = "rmsnorm"  # rmsnorm, layernorm
+    norm_eps: float = 1e-6
+    feedforward: str = "geglu"  # gated: swiglu, geglu; or plain: gelu, gelu_new, relu, relu2, silu
+    scale_attention: bool = False  # divide scores by the root of head_dim (T5 does not)
+    bias: bool = False  # on every projection but the head
+    dropout: float = 0.0
+    tie_word_embeddings: bool = False  # one matrix for embedding and head
+    scale_decoder_outputs: bool = False  # divide hidden states by the root of hidden_size before the head (T5 1.0)
+    initializer_range: float = 0.02  # standard deviation of the first weights
+    decoder_start_token_id: int = field(default=0, metadata=NO_OPTION)
+    eos_token_id: int | list[int] | None = field(default=1, metadata=NO_OPTION)
+    pad_token_id: int | None = field(default=0, metadata=NO_OPTION)
+    model_type: str | None = field(default=None, metadata=NO_OPTION)  # the family that it was read from
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        _at_least(self, 4, "relative_attention_num_buckets")
+        _at_least(self, self.relative_attention_num_buckets // 2 + 1, "relative_attention_max_distance")
+        _at_least(self, 0, "vocab_size", "source_vocab_size", "num_decoder_layers", "head_dim", "intermediate_size",
+                  "norm_eps", "dropout", "initializer_range")  # fmt: skip
+        _below(self, 1, "dropout")
+        _one_of(self, "position", ("relative", "sinusoidal"))
+        _one_of(self, "norm", ("rmsnorm", "layernorm"))
+        _one_of(self, "feedforward", ("swiglu", "geglu", *PLAIN_ACTIVATIONS))
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "
+                "set head_dim"
+            )
+
+    def derived(self) -> EncoderDecoderConfig:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        gated = self.feedforward in ("swiglu", "geglu")
+        inner = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
+        return dataclasses.replace(
+            self,
+            num_decoder_layers=self.num_decoder_layers or self.num_hidden_layers,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size or inner,
+        )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from zero2hero.config import DecoderConfig
-from zero2hero.model_configs import EncoderConfig
+from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig
 from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
+from zero2hero.models.encoder_decoder import EncoderDecoder
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "from_pretrained",
     "init_weights",
     "save_pretrained",

@@ -65,6 +65,8 @@ def from_pretrained(
     family = family_of_config(theirs)
     try:
         config = family.read_config(theirs)
+        with _open_weights(directory) as files:
+            config = family.settle(config, files.keys())
         with torch.device("meta"):
             model = family.build(config)
     except UserError:

@@ -81,7 +81,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask, scale: fl
             k_BGSK, v_BGSK = (x.repeat_interleave(repeats, 1) for x in (k_BGSK, v_BGSK))
         return explicit_attention(q_BHTK, k_BGSK, v_BGSK, mask, scale)
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.for_fused(), is_causal=mask.causal, scale=scale,
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask.for_fused(q_BHTK.dtype), is_causal=mask.causal, scale=scale,
         dropout_p=dropout, enable_gqa=repeats > 1,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Plain (GPT-2, BERT): `down(act(up(x)))`. ReLU² (So et al. 2021, "Primer", arXiv 2109.08668) is the plain form
 with a squared ReLU: cheap, sparse, and what the fastest small-model recipes use. Gated (Shazeer 2020,
-arXiv 2002.05202; Llama, Qwen): `down(act(gate(x)) * up(x))`, SwiGLU when the activation is SiLU.
+arXiv 2002.05202; Llama, Qwen, Gemma): `down(act(gate(x)) * up(x))`, SwiGLU when the activation is SiLU, GeGLU when it
+is GELU.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": gelu_new,
     "silu": F.silu,
 }
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": gelu_new,
+}  # the gated forms, and what is done to the gate
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -73,7 +78,7 @@ class _SiluProduct(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """`kind`: an activation's name for the plain form, or `"swiglu"` for the gated one.
+    """`kind`: an activation's name for the plain form, or `"swiglu"` or `"geglu"` for the gated ones.
 
     x [..., D] -> [..., D], through width F.
     """
@@ -81,13 +86,14 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, kind: str, bias: bool = False) -> None:
         super().__init__()
         self.kind = kind
-        if kind == "swiglu":
+        if kind in GATES:
             self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "swiglu":
+        if self.kind in GATES:
             gate, up = joint_linear(x, self.gate_proj, self.up_proj)
-            return linear(_SiluProduct.apply(gate, up), self.down_proj)
+            product = _SiluProduct.apply(gate, up) if self.kind == "swiglu" else GATES[self.kind](gate) * up
+            return linear(product, self.down_proj)
         return linear(ACTIVATIONS[self.kind](linear(x, self.up_proj)), self.down_proj)

@@ -27,10 +27,10 @@ class Mask:
                 position_bias = position_bias.masked_fill(~allowed[:, None], float("-inf"))
         self.position_bias = position_bias
 
-    def for_fused(self) -> Tensor | None:
-        """The mask argument of a fused kernel, [B or 1, 1 or H, T, S]: bool, or numbers to add."""
+    def for_fused(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask argument of a fused kernel, [B or 1, 1 or H, T, S]: bool, or numbers to add to scores of `dtype`."""
         if self.position_bias is not None:
-            return self.position_bias
+            return self.position_bias.to(dtype)
         return None if self.causal or self.allowed is None else self.allowed[:, None]
 
     def bias(self, batch_size: int, num_heads: int, dtype: torch.dtype) -> Tensor:

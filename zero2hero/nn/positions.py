@@ -1,9 +1,10 @@
-"""Where a token stands: learned, sinusoidal and rotary positions.
+"""Where a token stands: learned, sinusoidal, rotary and relative positions.
 
 Learned (GPT-2): a vector per position, added to the embedding. Sinusoidal (Vaswani et al. 2017, arXiv
 1706.03762): the same from sines and cosines, nothing to learn. Rotary (Su et al. 2021, arXiv 2104.09864;
 Llama, Qwen): rotate each pair of a query's and a key's features by an angle proportional to the position, so
 that their product depends on the distance alone. Pairs are (i, i + K/2), the Hugging Face convention.
+Relative (Raffel et al. 2019, T5, arXiv 1910.10683): each head adds a learned number to a score, by distance.
 
 Angles are made in fp32: in bf16 position 257 would be rounded to 256. The tables are constants, made on the CPU even
 when a model is laid out on the meta device to receive its weights.
@@ -107,3 +108,36 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_queries_and_keys(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """Rotate q [B, T, H, K] and k [B, T, G, K]; v [B, T, G, K] only gets their layout. Same shapes out."""
     return _Rotate.apply(2, cos, sin, q, k, v)
+
+
+def distance_buckets(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
+    """The number of the bucket for each distance, query position minus key position; any shape.
+
+    The first half of the buckets are one distance wide; then they widen logarithmically, and the last has all from
+    `max_distance` on. Without `causal` there is such a row of half as many for each direction.
+    """
+    first = torch.zeros_like(distance)
+    if causal:
+        distance = distance.clamp(min=0)
+    else:
+        num_buckets //= 2
+        distance, first = distance.abs(), (distance < 0) * num_buckets
+    exact = num_buckets // 2
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    wide = (exact + (share * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return first + torch.where(distance < exact, distance, wide)
+
+
+class RelativeBias(nn.Module):
+    """What each head adds to a score by the distance of query and key: one table for all layers of a stack."""
+
+    def __init__(self, num_buckets: int, max_distance: int, num_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_buckets, num_heads))
+        self.max_distance, self.causal = max_distance, causal
+
+    def forward(self, query_positions_T: Tensor, key_positions_S: Tensor) -> Tensor:
+        """[1, H, T, S]."""
+        distance = query_positions_T[:, None] - key_positions_S
+        buckets = distance_buckets(distance, len(self.weight), self.max_distance, self.causal)
+        return nn.functional.embedding(buckets, self.weight).permute(2, 0, 1)[None]

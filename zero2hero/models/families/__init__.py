@@ -10,8 +10,9 @@ from zero2hero.models.families.base import Family, Rule, unknown_family
 from zero2hero.models.families.bert import BERT, ROBERTA
 from zero2hero.models.families.gpt2 import GPT2
 from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
+from zero2hero.models.families.t5 import T5
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, BERT, ROBERTA)}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, BERT, ROBERTA, T5)}
 
 # What can be written, for those who put a shape together themselves.
 _COMBINATIONS = {

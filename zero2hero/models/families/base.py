@@ -65,6 +65,7 @@ class Family:
         older: (pattern, replacement) pairs that turn names of older files into those of `rules`.
         derive: fields of ours that several of their keys decide.
         spell: its inverse, which writes every key that `derive` reads.
+        settle: the last word on a configuration, by the names of the stored tensors.
         matches: whether a configuration can be written as this family, when `constants` agree.
     """
 
@@ -83,6 +84,7 @@ class Family:
     older: tuple[tuple[str, str], ...] = ()
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda theirs: {}
     spell: Callable[[Any], dict[str, Any]] = lambda config: {}
+    settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config
     matches: Callable[[Any], bool] = lambda config: True
 
     def read_config(self, theirs: Mapping[str, Any]) -> Any:
@@ -138,7 +140,7 @@ class Family:
 
     def rules_for(self, names: Collection[str]) -> list[Rule]:
         """Every rule of a model with the parameters `names`, numbers spelt out."""
-        names = set(names)
+        names = dict.fromkeys(names)  # in order, unlike a set
         return [spelt for rule in self.rules for spelt in rule.spelt_out(names)]
 
     def newer_name(self, stored: str) -> str:
