@@ -132,22 +132,35 @@ class TrainConfig:
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 16  # rows of max_length tokens
     gradient_accumulation_steps: int = 1
+    """Micro-batches added up in a step. With 2 or more, gradient_noise_scale is logged, in tokens: while a step has far
+    fewer, a batch twice as large needs nearly half the steps; when it has far more, nearly as many."""
     max_length: int = 256  # tokens per row
     length_schedule: list[float] = field(default_factory=list)
     """Start with short rows: [0.25, 0.25] trains the first 25 % of the steps at max_length / 4, the next 25 % at
     max_length / 2, with as many tokens per step."""
-    optim: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
+    optim: str = "muon"
+    """muon (the matrices; AdamW for the rest), adamw, adamw_8bit (moments in 8 bits, but for embeddings), adam, sgd,
+    lion (wants a third to a tenth of AdamW's learning_rate), adafactor (learning_rate is a share of weights' size)."""
     learning_rate: float = 6e-3
     embedding_lr_scale: float = 1.0  # embeddings (and a tied head) learn at learning_rate times this
     head_lr_scale: float = 0.5  # so does an untied head
     weight_decay: float = 0.1
-    adam_beta1: float = 0.9
+    """Of matrices, each step by learning_rate times this; for sgd and adam, an L2 penalty in the gradient instead."""
+    l1_penalty: float = 0.0  # adds this times each matrix's signs to its gradient: many weights go to zero
+    label_smoothing_factor: float = 0.0  # share of each target spread over the vocabulary; evaluation has none
+    momentum: float = 0.95  # of muon and sgd
+    nesterov: bool = True  # momentum of muon and sgd looks one step ahead
+    adam_beta1: float = 0.9  # of adam, adamw and lion
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
-    lr_scheduler_type: str = "warmup_stable_decay"  # linear, cosine, constant, warmup_stable_decay
+    lr_scheduler_type: str = "warmup_stable_decay"
+    """constant, linear, cosine, polynomial, inverse_sqrt, warmup_stable_decay."""
     warmup_steps: float = 0.02  # steps, or a share of all steps when below 1
     decay_steps: float = 0.5  # of warmup_stable_decay: steps, or a share of all steps, of linear decay to zero
+    power: float = 1.0  # of polynomial
+    ema_decay: float = 0.0
+    """Evaluate and keep the moving average of the weights over about 1 / (1 - ema_decay) steps; 0: the weights."""
     eval_steps: int = 0  # 0: ten times a run
     save_steps: int = 0  # 0: at each evaluation
     logging_steps: int = 10
@@ -174,8 +187,9 @@ class TrainConfig:
         _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
                   "keep_best", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate",
                   "num_train_epochs", "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale",
-                  "head_lr_scale")  # fmt: skip
-        _below(self, 1, "adam_beta1", "adam_beta2")
+                  "head_lr_scale", "l1_penalty", "label_smoothing_factor", "momentum", "power",
+                  "ema_decay")  # fmt: skip
+        _below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
         _one_of(self, "optim", OPTIMIZERS)
         _one_of(self, "lr_scheduler_type", SCHEDULES)
         _one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))
@@ -190,8 +204,8 @@ class TrainConfig:
             )
 
 
-OPTIMIZERS = ("muon", "adamw")
-SCHEDULES = ("linear", "cosine", "constant", "warmup_stable_decay")
+OPTIMIZERS = ("muon", "adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -233,6 +247,24 @@ class PretrainConfig:
             object.__setattr__(
                 self, "model", dataclasses.replace(self.model, max_position_embeddings=self.train.max_length)
             )
+
+
+@dataclass(frozen=True)
+class PlanLearningRateConfig(PretrainConfig):
+    """`zero2hero plan lr`: the options of the run that is planned, and how to try learning rates."""
+
+    min_learning_rate: float = 1e-5  # where the trial begins
+    max_learning_rate: float = 1.0  # where it ends, unless the loss explodes before
+    steps: int = 100  # of the trial
+    plot: str = "learning_rate.png"  # where the curve is drawn
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 10, "steps")
+        if not 0 < self.min_learning_rate < self.max_learning_rate < math.inf:
+            raise UserError("min_learning_rate must be above 0 and below max_learning_rate")
+        if self.train.learning_rate == 0:
+            raise UserError("train.learning_rate 0 trains nothing, so there is nothing to plan")
 
 
 @dataclass(frozen=True)
@@ -395,7 +427,7 @@ def describe(kind: Any, prefix: str = "") -> list[Option]:
 
 def _notes(kind: Any) -> dict[str, str]:
     """The comment at the end of each field's line, or the docstring below it."""
-    source = inspect.getsource(kind)
+    source = "".join(inspect.getsource(each) for each in kind.__mro__ if dataclasses.is_dataclass(each))
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for name, text in re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, re.M | re.S):
         notes[name] = " ".join(text.split())

@@ -207,3 +207,40 @@ def test_positions_without_a_target_are_not_computed(monkeypatch):
     nll_sum(hidden, weight, targets)
     token_logprobs(hidden, weight, targets)
     assert sum(rows) == 20
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+def test_label_smoothing_is_that_of_torch(chunk, smoothing, ignored):
+    hidden, weight, targets = problem((5, 30), ignored=ignored)
+    got, count = nll_sum(hidden, weight, targets, smoothing)
+    logits = hidden.double() @ weight.double().t()
+    want = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+    )
+    assert float(count) == int((targets != IGNORE).sum())
+    close(got, want)
+    for a, b in zip(*(torch.autograd.grad(2.5 * value, (hidden, weight)) for value in (got, want))):
+        close(a, b)
+    with torch.no_grad():
+        close(nll_sum(hidden, weight, targets, smoothing)[0], want)
+
+
+def test_label_smoothing_in_bf16(bf16):
+    hidden, weight, targets = (t.detach() if t.is_floating_point() else t for t in problem((5, 30)))
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    got = nll_sum(hidden, weight, targets, 0.2)[0]
+    logits = hidden.double() @ weight.double().t()
+    want = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=0.2
+    )
+    assert got.dtype == torch.float32
+    close(got, want, 0.01)
+    for a, b in zip(*(torch.autograd.grad(value, (hidden, weight)) for value in (got, want))):
+        close(a, b, 0.02)
+
+
+def test_label_smoothing_with_a_frozen_head():
+    hidden, weight, targets = problem()
+    frozen = torch.autograd.grad(nll_sum(hidden, weight.detach(), targets, 0.3)[0], hidden)[0]
+    close(frozen, torch.autograd.grad(nll_sum(hidden, weight, targets, 0.3)[0], hidden)[0])

@@ -250,6 +250,22 @@ def test_accumulate(path, dtype):
         assert torch.equal(total, want)
 
 
+@DTYPES
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_and_update(path, dtype, nesterov):
+    grad, momentum, weight = (random(30, 41, dtype=torch.float32, seed=i) for i in range(3))
+    ahead = torch.empty(30, 41, dtype=dtype)
+    mean = 0.9 * momentum.double() + 0.1 * grad.double()
+    want = 0.9 * mean + 0.1 * grad.double() if nesterov else mean
+    native.momentum_(momentum, grad, ahead, 0.9, nesterov)
+    assert (momentum - mean).abs().max() < 1e-6
+    assert (ahead.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
+    for update in (ahead, ahead.t().contiguous().t()):
+        want = 0.5 * weight.double() - 0.3 * update.double()
+        native.update_(weight, update, 0.5, 0.3)
+        assert (weight - want).abs().max() < 1e-6
+
+
 def test_the_same_twice(path):
     x, w = random(999, 65, dtype=torch.float32), random(65, dtype=torch.float32)
     _, scale = torch.ones(999, 65), x.square().mean(-1, keepdim=True).rsqrt()

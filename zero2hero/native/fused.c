@@ -191,6 +191,21 @@ void NAME(accumulate)(float *total, const REAL *part, i64 count, i64 threads) {
     for (i64 i = 0; i < count; i++) total[i] += LOAD(part[i]);
 }
 
+/* momentum += (1 - beta) (grad - momentum), and ahead becomes it or, with `nesterov`, goes one more such step. */
+void NAME(momentum)(const float *grad, float *momentum, REAL *ahead, i64 count, float beta, i64 nesterov, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 i = 0; i < count; i++) {
+        float m = momentum[i] += (1 - beta) * (grad[i] - momentum[i]);
+        ahead[i] = STORE(nesterov ? grad[i] + beta * (m - grad[i]) : m);
+    }
+}
+
+/* weight = keep weight - rate update. */
+void NAME(update)(float *weight, const REAL *update, i64 count, float keep, float rate, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 i = 0; i < count; i++) weight[i] = keep * weight[i] - rate * LOAD(update[i]);
+}
+
 /* log(sum(exp(scale x))) of n numbers. */
 static inline float NAME(log_sum_exp)(const REAL *restrict x, i64 n, float scale) {
     float most = -INFINITY, sum = 0;

@@ -82,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _NLLSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         minus_ones = hidden.new_full((len(targets),), -1.0, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
@@ -93,6 +93,8 @@ class _NLLSum(torch.autograd.Function):
             total -= logprobs.sum()
             torch.mm(gradient, weight, out=grad_hidden[c])
             _accumulate(grad_weight, gradient, hidden[c])
+        if label_smoothing:
+            total += label_smoothing * _smoothing(hidden, weight, targets, grad_hidden, grad_weight, label_smoothing)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
         return total
@@ -101,7 +103,28 @@ class _NLLSum(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_hidden, *grad_weight = ctx.saved_tensors
         scaled = [g * grad.to(g.dtype) if float(grad) != 1.0 else g for g in (grad_hidden, *grad_weight)]
-        return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None
+        return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None, None
+
+
+def _smoothing(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    grad_hidden: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    factor: float = 0.0,
+) -> Tensor:
+    """The sum of h (w_target - w_mean): how far the targets' logits are above the mean of all logits.
+
+    `factor` times its gradients is added to what is given.
+    """
+    ahead = weight[targets] - weight.mean(0, dtype=torch.float32)
+    if grad_hidden is not None:
+        grad_hidden += factor * ahead
+    if grad_weight is not None:
+        grad_weight.index_add_(0, targets, hidden.float(), alpha=factor)
+        grad_weight -= hidden.sum(0, dtype=torch.float32) * (factor / len(weight))
+    return ahead.mul_(hidden).sum()
 
 
 def _accumulate(grad_weight: Tensor | None, gradient: Tensor, hidden: Tensor) -> None:
@@ -140,13 +163,18 @@ def token_logprobs(hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, temper
     return flat.masked_scatter(keep, logprobs).view(targets.shape)
 
 
-def nll_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def nll_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The summed negative log-likelihood in nats, and how many targets it sums over. Both scalars.
 
     Equal to `-token_logprobs(...).sum()`, a quarter cheaper to train with.
+
+    `label_smoothing` e (Szegedy et al. 2015, arXiv 1512.00567) takes e of the target's share and spreads it over the
+    vocabulary, so that the model does not grow ever more certain. What it adds, e (z_target - mean of z), is linear
+    in the logits z: it needs one row of the head for each token, and no logits.
     """
     hidden, targets, _ = _with_targets(hidden, targets)
     count = torch.tensor(float(len(targets)), device=targets.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad):
-        return _NLLSum.apply(hidden, weight_VD, targets), count
-    return -_TokenLogprobs.apply(hidden, weight_VD, targets, 1.0).sum(), count
+        return _NLLSum.apply(hidden, weight_VD, targets, label_smoothing), count
+    total = -_TokenLogprobs.apply(hidden, weight_VD, targets, 1.0).sum()
+    return total + label_smoothing * _smoothing(hidden, weight_VD, targets) if label_smoothing else total, count

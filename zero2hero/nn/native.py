@@ -163,6 +163,24 @@ def accumulate_(total: Tensor, part: Tensor) -> None:
         total += part
 
 
+def momentum_(momentum: Tensor, grad: Tensor, ahead: Tensor, beta: float, nesterov: bool) -> None:
+    """momentum (fp32) += (1 - beta) (grad - momentum); ahead becomes it or, `nesterov`, goes one such step further."""
+    if usable(ahead) and usable(momentum, grad) and all(t.is_contiguous() for t in (momentum, grad, ahead)):
+        _run("momentum", ahead, grad, momentum, ahead, ahead.numel(), beta, nesterov)
+    else:
+        momentum.lerp_(grad, 1 - beta)
+        ahead.copy_(grad.lerp(momentum, beta) if nesterov else momentum)
+
+
+def update_(weight: Tensor, update: Tensor, keep: float, rate: float) -> None:
+    """weight (fp32) = keep * weight - rate * update."""
+    if usable(update) and usable(weight) and weight.dtype == torch.float32 and weight.is_contiguous():
+        update = update.contiguous()
+        _run("update", update, weight, update, update.numel(), keep, rate)
+    else:
+        weight.mul_(keep).add_(update, alpha=-rate)
+
+
 def softmax_(scores_BHTS: Tensor, allowed_BTS: Tensor | None, causal: bool, scale: float) -> Tensor:
     """softmax(scale * scores) over the keys each query may see, in the scores' memory (contiguous)."""
     B, H, T, S = scores_BHTS.shape
