@@ -123,6 +123,7 @@ class Trainer:
         self.tracker_state: dict[str, Any] = {}  # of the checkpoint that was taken up, for a tracker made after that
         self.made_with, self.describe = {"settings": fingerprint(config), **(made_with or {})}, describe
         self.state = State()
+        self.step_weight = 0.0  # of the last step: its tokens with a target
         self.metrics: dict[str, float] = {}
         self.step_loss = math.nan  # of the last step, in nats per token
         self._window = _Window()
@@ -186,6 +187,7 @@ class Trainer:
         batches = self.data(self.state.step + self.state.data_offset)
         self._window.waiting += time.perf_counter() - started
         total, weight = self._backward(batches)
+        self.step_weight = weight
         self.metrics["grad_norm"] = norm = self._finish_gradients(batches, total, weight)
         self.step_loss = total / weight
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -209,7 +211,7 @@ class Trainer:
         self.masters.zero_grad()
         self.micro_batch_losses: list[float] = []
         total, weight = 0.0, 0.0
-        for batch in batches:
+        for index, batch in enumerate(batches):
             loss = self.objective(self.model, batch)
             loss.sum.backward()
             total += float(loss.sum.detach())
@@ -218,6 +220,8 @@ class Trainer:
             self._window.tokens += batch.ids_BT.numel()
             for name, value in loss.metrics.items():
                 self._window.metrics[name] = self._window.metrics.get(name, 0.0) + float(value)
+            for watcher in self.watchers:
+                watcher.after_micro_batch(self, index, weight)
         if weight == 0:
             raise UserError(
                 f"step {self.state.step + 1}: no token of the batch has a target, so nothing can be learned"
@@ -236,7 +240,7 @@ class Trainer:
     def _set_learning_rate(self) -> None:
         c = self.config
         factor = learning_rate_factor(
-            self.state.step, self.total_steps, c.lr_scheduler_type, c.warmup_steps, c.decay_steps
+            self.state.step, self.total_steps, c.lr_scheduler_type, c.warmup_steps, c.decay_steps, c.power
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

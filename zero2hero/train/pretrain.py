@@ -9,6 +9,7 @@ language modelling: predict the next token (Shannon 1948; Radford et al. 2018).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -45,7 +46,9 @@ from zero2hero.nn.logprobs import nll_sum
 from zero2hero.progress import TrainingProgress, track
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.diagnosis import Diagnosis, diagnose, verdict
+from zero2hero.train.ema import WeightAverage
 from zero2hero.train.loop import Trainer
+from zero2hero.train.noise_scale import NoiseScale
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.report import write_report
 from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
@@ -96,13 +99,19 @@ def _pretrain(config: PretrainConfig) -> LanguageModel:
         streamed_data(stream, config.train, device) if config.streaming else causal_data(training, config.train, device)
     )
     _start_directory(output_dir, config, tokenizer)
+    average = WeightAverage(config.train.ema_decay)
+    objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
     with TrainingProgress(total_steps) as progress:
         evaluate = evaluation(model, held_out, config.train, device, tokenizer)
         trainer = Trainer(
-            model, causal_lm, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
+            model, objective, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
             progress=progress, peak_flops=peak,
             flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
-            watchers=[Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print)],
+            watchers=[
+                Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print),
+                *([average] if config.train.ema_decay else []),
+                *([NoiseScale()] if config.train.gradient_accumulation_steps > 1 else []),
+            ],
             made_with=made_with, describe=lambda batch: what_is_in(batch, tokenizer),
         )  # fmt: skip
         resumed = trainer.resume() if config.resume else 0
@@ -111,13 +120,15 @@ def _pretrain(config: PretrainConfig) -> LanguageModel:
                      [name for name in config.report_to if name != "tensorboard"],
                      trainer.tracker_state) as tracker:  # fmt: skip
             trainer.tracker = tracker
-            trainer.sample = sampler(lm, config, held_out, tracker, progress)
+            trainer.sample = average.around(trainer, sampler(lm, config, held_out, tracker, progress))
+            trainer.evaluate = evaluate and average.around(trainer, evaluate)
             _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps)
             if not resumed:
                 tracker.record(0, machine=describe_machine())
                 tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
             trainer.train()
         progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
+    average.keep(trainer)
     _save_result(lm, trainer, output_dir)
     return lm
 

@@ -1,6 +1,6 @@
 """What looks on while a run trains: an average of its weights, a diagnosis of its health, its peak of memory.
 
-The loop knows none of them; it calls each at two moments of a step and asks for numbers when it logs. What a watcher
+The loop knows none of them; it calls each at three moments of a step and asks for numbers when it logs. What a watcher
 must remember over a resume it hands out as `state_dict`, and the checkpoint keeps it.
 """
 
@@ -16,6 +16,9 @@ class Watcher:
     """Does nothing; override what is needed. `name` keys its state in a checkpoint, so it is unique in a run."""
 
     name = "watcher"
+
+    def after_micro_batch(self, trainer: Trainer, index: int, weight: float) -> None:
+        """The step's micro-batches 0 ... `index` are in the gradients: sums so far, over `weight` in all."""
 
     def before_update(self, trainer: Trainer) -> None:
         """The step's gradients are complete, divided and clipped (`trainer.masters.gradients`), weights still old."""
