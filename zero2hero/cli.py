@@ -117,6 +117,21 @@ def tokenizer_encode(verb: str, words: list[str]) -> int:
     return 0
 
 
+def plan_lr(verb: str, words: list[str]) -> int:
+    """Find a learning rate for a pretraining run by trying them all in a short one."""
+    from zero2hero.config import PlanLearningRateConfig
+
+    examples = [
+        "zero2hero plan lr --data book.txt",
+        "zero2hero plan lr --data notes/ --train.optim lion --model.hidden_size 256 --model.num_attention_heads 8",
+    ]
+    config = parse(verb, PlanLearningRateConfig, words, examples)
+    from zero2hero.plan.learning_rate import run
+
+    run(config)
+    return 0
+
+
 # verb -> (what it is for, function)
 VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     name: ((function.__doc__ or "").strip(), function)
@@ -126,6 +141,7 @@ VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
         "generate": generate,
         "tokenizer train": tokenizer_train,
         "tokenizer encode": tokenizer_encode,
+        "plan lr": plan_lr,
     }.items()
 }
 
