@@ -74,9 +74,9 @@ def test_nll_sum(chunk, ignored, factor):
         close(a, b)
 
 
-@pytest.mark.parametrize("tokens", [(1,), (64,), (65,), (7, 9, 2)])
+@pytest.mark.parametrize("tokens", [(1,), (512,), (513,), (7, 9, 2)])
 def test_any_shape_and_number_of_tokens(tokens):
-    hidden, weight, targets = problem(tokens, vocabulary=1 << 16, width=4)  # real chunks: 64 tokens each
+    hidden, weight, targets = problem(tokens, vocabulary=1 << 13, width=4)  # real chunks: 512 tokens each
     close(token_logprobs(hidden, weight, targets), reference(hidden, weight, targets))
     got, want = nll_sum(hidden, weight, targets)[0], -reference(hidden, weight, targets).sum()
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, want))):
@@ -188,7 +188,7 @@ def test_all_logits_are_never_made(train):
             if train:
                 loss.backward()
         assert seen.numel >= vocabulary * width  # it does watch
-        assert seen.numel <= 1 << 21  # 8 MB of fp32, whatever the number of tokens
+        assert seen.numel <= 512 * vocabulary  # whatever the number of tokens
 
 
 def test_positions_without_a_target_are_not_computed(monkeypatch):

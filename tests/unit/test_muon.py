@@ -11,7 +11,7 @@ from zero2hero.train.muon import POLYNOMIALS, Muon, orthogonalize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPES = [(16, 16), (64, 16), (16, 64), (1, 8), (8, 1), (48, 40)]
+SHAPES = [(16, 16), (64, 16), (16, 64), (1, 8), (8, 1), (48, 40), (40, 48)]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +44,17 @@ def test_orthogonalize(shape, scale):
     assert values.max() < 1.2
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), polar(matrix).float().flatten(), dim=0)
     assert cosine > 0.99
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 160), (160, 64)])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-4])
+def test_rounding_to_bf16_makes_no_direction_too_large(shape, smallest, bf16):
+    matrix = conditioned(*shape, smallest)
+    values = torch.linalg.svdvals(orthogonalize(matrix[None].bfloat16())[0].float())
+    assert values.max() < 1.2
+    assert values.max() > 0.85
+    if smallest > 0.02:
+        assert values.min() > 0.85
 
 
 def test_small_directions_are_lifted():

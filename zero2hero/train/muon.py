@@ -32,21 +32,34 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     Within a tenth of 1 for those above 2 % of the largest; smaller ones are raised by a factor of about 50.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = _first_factor(x @ x.mT) @ x
-    for a, b, c in POLYNOMIALS[1:]:
-        gram = x @ x.mT  # the small side squared
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = factor @ x
-    return x.mT if tall else x
+    rows, columns = matrices.shape[-2:]
+    tall = rows > columns
+    gram = matrices.mT @ matrices if tall else matrices @ matrices.mT  # the small side squared
+    factor = product = _first_factor(gram)
+    if max(rows, columns) < 1.5 * min(rows, columns):
+        x = matrices @ factor if tall else factor @ matrices
+        for polynomial in POLYNOMIALS[1:]:
+            factor = _factor(x.mT @ x if tall else x @ x.mT, *polynomial)
+            x = x @ factor if tall else factor @ x
+        return x
+    for polynomial in POLYNOMIALS[1:]:  # only small squares, which all commute; the long side comes in once, at the end
+        gram = factor @ gram @ factor
+        factor = _factor(gram, *polynomial)
+        product = factor @ product
+    return matrices @ product if tall else product @ matrices
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b gram + c gram^2."""
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 def _first_factor(gram: Tensor) -> Tensor:
-    """a + b gram + c gram^2 for matrices that are divided by a bound on their largest singular value.
+    """The same of the first polynomial, for matrices that are divided by a bound on their largest singular value.
 
-    (sum of s^8)^(1/8), which gram^2 holds, lies far closer to the largest s than the Frobenius norm, and so spares a
+    (sum of s^8)^(1/8), which gram^2 tells, lies far closer to the largest s than the Frobenius norm, and so spares a
     polynomial. The trace is taken out before, so that no power of s is too large or too small a number.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[:, None, None]
@@ -94,7 +107,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             ahead = torch.empty(len(params), *params[0].shape, dtype=self.dtype, device=params[0].device)
             for p, each in zip(params, ahead):
-                momentum_(self._momentum(p), p.grad, each, group["momentum"], group["nesterov"])  # type: ignore[arg-type]
+                momentum_(self._momentum(p), p.grad, each, group["momentum"], group["nesterov"])
             updates = orthogonalize(ahead)
             keep = 1 - group["lr"] * group["weight_decay"]
             for p, update in zip(params, updates):
@@ -107,6 +120,6 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
-def _as_groups(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     given = list(params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]  # type: ignore[list-item]
+    return given if given and isinstance(given[0], dict) else [{"params": given}]

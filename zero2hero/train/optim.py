@@ -90,5 +90,6 @@ def add_l1_gradient(parameters: list[Tensor], penalty: float) -> None:
 
     It is a term of the update, not of the loss that is shown, and is not clipped.
     """
-    learning = [p for p in parameters if p.grad is not None]
-    torch._foreach_add_([p.grad for p in learning], torch._foreach_sign(learning), alpha=penalty)
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.add_(p.sign(), alpha=penalty)
