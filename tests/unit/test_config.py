@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (DecoderConfig, {"dropout": -0.1}, ["dropout must be at least 0"]),
         (DecoderConfig, {"sliding_window": 0}, ["sliding_window must be at least 1"]),
         (DecoderConfig, {"rope_theta": math.nan}, ["rope_theta"]),
-        (TrainConfig, {"optim": "adam"}, ["muon, adamw", "Did you mean 'adamw'"]),
+        (TrainConfig, {"optim": "adamww"}, ["muon, adamw", "Did you mean 'adamw'"]),
         (TrainConfig, {"lr_scheduler_type": "cosin"}, ["Did you mean 'cosine'"]),
         (TrainConfig, {"per_device_train_batch_size": 0}, ["per_device_train_batch_size must be at least 1"]),
         (TrainConfig, {"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps"]),

@@ -51,16 +51,15 @@ def test_orthogonalize(shape, scale):
 def test_rounding_to_bf16_makes_no_direction_too_large(shape, smallest, bf16):
     matrix = conditioned(*shape, smallest)
     values = torch.linalg.svdvals(orthogonalize(matrix[None].bfloat16())[0].float())
-    assert values.max() < 1.2
-    assert values.max() > 0.85
+    assert 0.85 < values.max() < 1.4
     if smallest > 0.02:
         assert values.min() > 0.85
 
 
 def test_small_directions_are_lifted():
-    """A singular value 1/100 of the largest comes out at nearly half of it."""
+    """A singular value 1/100 of the largest comes out above a third."""
     values = torch.linalg.svdvals(orthogonalize(conditioned(32, 32, 1e-2)[None])[0])
-    assert values.min() > 0.35
+    assert values.min() > 0.33
     assert values.max() < 1.2
 
 
@@ -104,15 +103,15 @@ def test_a_zero_matrix_beside_others_stays_zero():
 
 
 def test_the_polynomials_as_scalars():
-    """On a 1 x 1 matrix orthogonalize is the polynomials' composition; all of [0.02, 1] ends near 1."""
+    """On a 1 x 1 matrix orthogonalize is the polynomials' composition; all of [0.025, 1] ends near 1."""
 
     def composed(x):
         for a, b, c in POLYNOMIALS:
             x = a * x + b * x**3 + c * x**5
         return x
 
-    assert (composed(torch.linspace(0.02, 1.0, 500, dtype=torch.double)) - 1).abs().max() < 0.1
-    assert float(orthogonalize(torch.tensor([[[3.0]]]))) == pytest.approx(composed(1 / 1.01), abs=1e-4)
+    assert (composed(torch.linspace(0.025, 1.0, 500, dtype=torch.double)) - 1).abs().max() < 0.1
+    assert float(orthogonalize(torch.tensor([[[3.0]]]))) == pytest.approx(composed(1 / 1.03), abs=1e-4)
 
 
 # --- Muon ---------------------------------------------------------------------------------------------------
