@@ -97,3 +97,19 @@ def test_the_average_resumes_bit_for_bit(tmp_path):
     trainer.train()
     assert straight.average.keys() == second.average.keys()
     assert all(torch.equal(value, second.average[name]) for name, value in straight.average.items())
+
+
+def test_early_stopping_keeps_the_average_of_the_best_step(tmp_path):
+    """The held-out loss is lowest at the second evaluation: the average of that step is what is left."""
+    average, losses = WeightAverage(0.5), iter([3.0, 2.0, 2.5, 2.6])
+    trainer = make_trainer([average], output_dir=tmp_path, eval_steps=2, early_stopping_patience=2)
+    seen = []
+
+    def evaluate() -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in average.average.items()})
+        return {"eval_loss": next(losses)}
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert trainer.state.step == 8
+    assert all(torch.equal(value, seen[1][name]) for name, value in average.average.items())

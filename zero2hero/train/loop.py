@@ -309,6 +309,9 @@ class Trainer:
             checkpoint.check_weights(best, saved, self.masters.parameters)
             checkpoint.copy_weights(saved, self.masters.parameters)
             self.masters.publish()
+            watchers = checkpoint.read_tree(best, "state")["state"]["watchers"]
+            for watcher in self.watchers:  # an average of the weights is then that of their step
+                watcher.load_state_dict(watchers[watcher.name])
             self.metrics["eval_loss"] = checkpoint.eval_loss(best)
             if self.progress:
                 self.progress.print(f"the weights of {best.name}, the best held-out loss, are kept")
