@@ -25,6 +25,7 @@ from zero2hero.data.streaming import Stream, StreamingBatches, arrange, merge_st
 from zero2hero.data.worlds import world
 from zero2hero.errors import UserError
 from zero2hero.machine import Machine
+from zero2hero.train.checkpoint import newest_checkpoint
 from zero2hero.train.loop import Stopped, Trainer
 from zero2hero.train.pretrain import pretrain
 from zero2hero.train.tracking import read_metrics
@@ -528,6 +529,36 @@ def test_pretrain_from_a_stream_stopped_and_resumed_gives_the_same_file(text, mo
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
     losses = [row["eval_loss"] for row in read_metrics(text / "stopped") if "eval_loss" in row]
     assert len(losses) == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_shard_that_vanishes_while_training_costs_nothing_once_it_is_back(text, monkeypatch):
+    for shard in range(2):
+        documents = world("markov", shard).documents(count=12)
+        (text / "text" / f"{shard}.txt").write_text("<|endoftext|>".join(documents))
+    train = TrainConfig(max_steps=60, max_length=32, per_device_train_batch_size=2, save_steps=5, eval_steps=60)
+    settings = {"train": train, "validation_fraction": 0.2}
+    pretrain(run_config(text, "straight", **settings))
+    step, whole, away = Trainer.step, text / "text" / "1.txt", text / "away"
+
+    def vanish(trainer) -> None:
+        step(trainer)
+        if trainer.state.step == 7:
+            whole.rename(away)
+
+    monkeypatch.setattr(Trainer, "step", vanish)
+    with pytest.raises(
+        UserError, match=r"step \d+: cannot read .*1\.txt: No such file.* The last checkpoint is intact"
+    ):
+        pretrain(run_config(text, "faulty", **settings))
+    monkeypatch.setattr(Trainer, "step", step)
+    assert newest_checkpoint(text / "faulty") is not None
+    with pytest.raises(UserError, match=r"1\.txt is gone\. The checkpoint is intact: put the data back"):
+        pretrain(run_config(text, "faulty", resume=True, **settings))
+    away.rename(whole)
+    pretrain(run_config(text, "faulty", resume=True, **settings))
+    straight, faulty = (load_file(text / run / "model.safetensors") for run in ("straight", "faulty"))
+    assert all(torch.equal(straight[name], faulty[name]) for name in straight)
 
 
 def test_a_stream_needs_a_number_of_steps():
