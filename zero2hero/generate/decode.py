@@ -13,10 +13,11 @@ B sequences in flight, T time, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zero2hero.errors import UserError
 from zero2hero.generate.fast import NativeStep, PlainDecoder, prepare
@@ -59,7 +60,7 @@ def generate_tokens(
         UserError: a prompt longer than the model's context, or with an id that the model does not know.
     """
     config = config or SamplingConfig()
-    texts = [_checked(model, prompt, number) for number, prompt in enumerate(prompts)]
+    texts = [checked_prompt(model, prompt, number) for number, prompt in enumerate(prompts)]
     if not texts:
         return
     # The last token of a text is never read, so the context holds one more than there are positions.
@@ -68,7 +69,7 @@ def generate_tokens(
     streams = [random_stream(config.seed, text, i) for text in texts for i in range(copies)]
     rows = list(range(len(streams)))  # the sequences in flight
     longest = max(len(text) + left[i * copies] - 1 for i, text in enumerate(texts))
-    batch = _Batch(model, texts, copies, longest)
+    batch = DecoderRows(model, texts, copies, longest)
     seen = _seen(model, texts, copies) if config.repetition_penalty != 1.0 else None
     while True:
         ids, logprobs = choose(batch.logits, config, [streams[row] for row in rows], seen)
@@ -93,7 +94,7 @@ def generate_tokens(
         batch.advance(ids, order)
 
 
-class _Batch:
+class DecoderRows:
     """The sequences in flight: their cache, their lengths, and the logits [B, V] of their next tokens."""
 
     @torch.inference_mode()
@@ -110,10 +111,15 @@ class _Batch:
         last = torch.tensor(self.lengths, device=self.device) - 1
         self.logits = self.prepared.logits(hidden_BTD[torch.arange(len(prompts), device=self.device), last])
         if copies > 1:  # several samples share one prefill
-            repeated = torch.arange(len(prompts), device=self.device).repeat_interleave(copies)
-            self.cache.select(repeated)
+            repeated = [row for row in range(len(prompts)) for _ in range(copies)]
             self.logits = self.logits[repeated]
-            self.lengths = [length for length in self.lengths for _ in range(copies)]
+            self.reorder(repeated)
+
+    @torch.inference_mode()
+    def reorder(self, rows: list[int]) -> None:
+        """The sequences become these, in this order, possibly repeated: samples share a prompt, beams branch."""
+        self.cache.select(torch.tensor(rows, device=self.device))
+        self.lengths = [self.lengths[row] for row in rows]
 
     @torch.inference_mode()
     def advance(self, ids: list[int], order: list[int]) -> None:
@@ -133,14 +139,21 @@ class _Batch:
 
     def _read(self, ids: list[list[int]], positions: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the next tokens, which enter the cache."""
-        training = self.model.training
-        if training:  # a sample in the middle of training: no dropout
-            self.model.eval()
-        try:
+        with evaluating(self.model):
             return self.prepared(self.model, torch.tensor(ids, device=self.device), self.cache, positions)
-        finally:
-            if training:
-                self.model.train()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model writes without dropout, also in the middle of its training."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def _keep(cache: KVCache, order: list[int]) -> None:
@@ -161,7 +174,7 @@ def _seen(model: Decoder, prompts: list[list[int]], copies: int) -> Tensor:
     return seen.repeat_interleave(copies, 0).to(model.embed_tokens.weight.device)
 
 
-def _checked(model: Decoder, prompt: Sequence[int], number: int) -> list[int]:
+def checked_prompt(model: Decoder, prompt: Sequence[int], number: int) -> list[int]:
     """A prompt that the model can read, or a `UserError` that says why not."""
     c = model.config
     ids = list(prompt)
