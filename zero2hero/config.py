@@ -380,7 +380,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 # What a run may change when it is resumed: it does not change what is learned (and new bad records are new data).
 MAY_CHANGE = {"resume", "output_dir", "report_to", "on_bad_record", "prompts", "logging_steps", "save_steps",
-              "sample_steps", "keep_last", "keep_best"}  # fmt: skip
+              "sample_steps", "keep_last", "keep_best", "on_bad_loss"}  # fmt: skip
 
 
 def fingerprint(config: Any) -> str:

@@ -474,6 +474,16 @@ def test_rolling_back_goes_on_behind_the_bad_data(tmp_path):
     assert resumed.state == trainer.state
 
 
+def test_rolling_back_leaves_data_with_a_position_of_their_own_where_they_are(tmp_path):
+    trainer = make(tmp_path, on_bad_loss="rollback", save_steps=4)
+    trainer.data = data = Streams(trainer.data)
+    poisoned(trainer, {6})
+    trainer.data.state_dict, trainer.data.load_state_dict = data.state_dict, data.load_state_dict
+    trainer.train()
+    assert data.position == 15  # each was read once: 7 until the bad one, 8 after it
+    assert trainer.fetched == list(range(15))
+
+
 def test_rolling_back_again_and_again_has_an_end_and_needs_a_checkpoint(tmp_path):
     trainer = make(tmp_path, on_bad_loss="rollback", save_steps=2)
     poisoned(trainer, set(range(3, 100)))
@@ -495,12 +505,14 @@ def test_the_record_of_a_bad_step_says_which_documents_it_held(text, monkeypatch
         return (math.nan if trainer.state.step + trainer.state.data_offset == 5 else total), weight
 
     monkeypatch.setattr(Trainer, "_backward", bad)
-    config = run_config(
-        text, "run", train={"on_bad_loss": choice, "save_steps": 4, "eval_steps": 4, "logging_steps": 1}
-    )
+    train: dict[str, Any] = {"save_steps": 4, "eval_steps": 4, "logging_steps": 1}
+    config = run_config(text, "run", train={**train, "on_bad_loss": choice})
     if choice == "stop":
-        with pytest.raises(UserError, match=r"step 6: the loss is nan.*bad_step-000006\.json.*step-000004 is intact"):
+        with pytest.raises(
+            UserError, match=r"step 6: the loss is nan.*bad_step-000006\.json.*step-000004 is intact\. --resume"
+        ):
             pretrain(config)
+        pretrain(run_config(text, "run", train={**train, "on_bad_loss": "skip"}, resume=True))  # as the message says
     else:
         pretrain(config)
         steps = [row["step"] for row in read_metrics(text / "run") if "grad_norm" in row]

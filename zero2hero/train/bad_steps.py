@@ -36,9 +36,10 @@ def handle(trainer: Trainer, batches: list[Any], loss: float, norm: float) -> No
     if choice == "stop" or too_often or (choice == "rollback" and last is None):
         often = f" That is {MAX_BAD_STEPS + 1} times in this run." if too_often else ""
         intact = f" The checkpoint {last.name} is intact." if last else ""
+        skip = " --resume --train.on_bad_loss skip goes on without this batch." if last and not too_often else ""
         raise UserError(
-            f"{words}{often}{intact} Try a smaller --train.learning_rate, a longer --train.warmup_steps, "
-            "--precision fp32, or --train.on_bad_loss skip."
+            f"{words}{often}{intact}{skip} If it comes again, begin anew with a smaller --train.learning_rate, "
+            "a longer --train.warmup_steps, or --precision fp32."
         )
     if choice == "skip":
         state.step, state.bad_steps = state.step + 1, state.bad_steps + 1
