@@ -40,7 +40,7 @@ class DecoderConfig:
     position: str = "rotary"  # rotary, learned, sinusoidal, none
     norm: str = "rmsnorm"  # rmsnorm, layernorm
     norm_eps: float = 1e-5
-    feedforward: str = "swiglu"  # swiglu, or the plain form's activation: relu2, gelu, gelu_new, relu, silu
+    feedforward: str = "swiglu"  # swiglu, or the plain form's activation: relu2, gelu, gelu_new, quick_gelu, relu, silu
     qk_norm: bool = False  # normalize queries and keys (Qwen3)
     attention_bias: bool = False  # on q, k, v
     output_bias: bool = False  # on the attention's output projection
@@ -66,7 +66,7 @@ class DecoderConfig:
             _at_least(self, 1, "sliding_window")
         _one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
         _one_of(self, "norm", ("rmsnorm", "layernorm"))
-        _one_of(self, "feedforward", ("swiglu", "relu2", "gelu", "gelu_new", "relu", "silu"))
+        _one_of(self, "feedforward", ("swiglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))

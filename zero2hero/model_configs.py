@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero2hero.config import NO_OPTION, _at_least, _below, _one_of
+from zero2hero.config import NO_OPTION, DecoderConfig, _at_least, _below, _one_of
 from zero2hero.errors import UserError
 
 TASKS = ("features", "masked_lm", "sequence_classification", "token_classification", "question_answering")
-PLAIN_ACTIVATIONS = ("gelu", "gelu_new", "relu", "relu2", "silu")
+PLAIN_ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "relu2", "silu")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class EncoderConfig:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
             )
-        if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise UserError(f"id2label names the labels 0, 1, 2, ..., not {sorted(self.id2label)}")
+        _check_labels(self.id2label)
 
     def derived(self) -> EncoderConfig:
         """The same configuration with nothing left at 0: what a model is built from."""
@@ -122,3 +121,65 @@ class EncoderDecoderConfig:
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
             intermediate_size=self.intermediate_size or inner,
         )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The shape of a Transformer that reads images (models/vision.py)."""
+
+    hidden_size: int = 128  # width of the residual stream
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 0  # width of the feed-forward; 0: four times hidden_size
+    image_size: int = 28  # height and width, in pixels
+    patch_size: int = 4  # the image is cut into squares of so many pixels
+    num_channels: int = 3
+    class_token: bool = True  # one more token, which gathers what the whole image shows
+    patch_bias: bool = True
+    attention_bias: bool = True  # on q, k, v
+    first_norm: bool = False  # normalize what enters the first layer (CLIP)
+    norm_eps: float = 1e-12
+    feedforward: str = "gelu"  # gelu, gelu_new, quick_gelu, relu, relu2, silu
+    dropout: float = 0.0
+    initializer_range: float = 0.02  # standard deviation of the first weights
+    task: str = "image_classification"
+    """What the head is for: image_classification; features (one vector through a tanh layer, as BERT's); attention
+    (one vector, which attention gathers: SigLIP); none"""
+    id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"}, metadata=NO_OPTION)
+    model_type: str | None = field(default=None, metadata=NO_OPTION)  # the family that it was read from
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "image_size", "patch_size", "num_channels")
+        _one_of(self, "task", ("image_classification", "features", "attention", "none"))
+        if self.image_size % self.patch_size:
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        _check_labels(self.id2label)
+        self.blocks()  # checks the rest
+
+    def derived(self) -> VisionConfig:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        return dataclasses.replace(self, intermediate_size=self.intermediate_size or 4 * self.hidden_size)
+
+    def blocks(self) -> DecoderConfig:
+        """The shape of the layers, which are a decoder's."""
+        return DecoderConfig(
+            hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads, intermediate_size=self.intermediate_size, position="none",
+            norm="layernorm", norm_eps=self.norm_eps, feedforward=self.feedforward, dropout=self.dropout,
+            attention_bias=self.attention_bias, output_bias=True, mlp_bias=True,
+            initializer_range=self.initializer_range,
+        ).derived()  # fmt: skip
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _check_labels(id2label: dict[int, str]) -> None:
+    if sorted(id2label) != list(range(len(id2label))):
+        raise UserError(f"id2label names the labels 0, 1, 2, ..., not {sorted(id2label)}")

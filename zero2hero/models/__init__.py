@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from zero2hero.config import DecoderConfig
-from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig
+from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig, VisionConfig
 from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.models.encoder_decoder import EncoderDecoder
+from zero2hero.models.vision import VisionTransformer
 
 __all__ = [
     "Decoder",
@@ -16,6 +17,8 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "VisionConfig",
+    "VisionTransformer",
     "from_pretrained",
     "init_weights",
     "save_pretrained",

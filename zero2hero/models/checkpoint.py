@@ -128,10 +128,12 @@ def _to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: s
     rows = [shapes[name][0] for name in rule.parts] if len(rule.parts) > 1 else []
     if rows:
         expected = (sum(rows), *expected[1:])
+    ours, expected = expected, rule.stored_shape(expected)
     if tuple(value.shape) != expected:
         want = expected[::-1] if rule.transpose else expected
         got = tuple(value.shape)[::-1] if rule.transpose else tuple(value.shape)
         raise UserError(f"tensor {stored} has shape {list(got)}; config.json says it should be {list(want)}")
+    value = value.reshape(ours)
     if not rows:
         return {rule.parts[0]: value}
     return {name: part.clone() for name, part in zip(rule.parts, value.split(rows))}
@@ -194,6 +196,7 @@ def to_family(state: dict[str, Tensor], family: Family) -> Iterator[tuple[str, T
         )
     for rule in rules:
         value = torch.cat([state[p] for p in rule.parts]) if len(rule.parts) > 1 else state[rule.parts[0]]
+        value = value.reshape(rule.stored_shape(tuple(value.shape)))
         yield rule.theirs, (value.t() if rule.transpose else value).contiguous()
 
 
@@ -234,6 +237,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, state: dict[str, Te
     tensors = dict(to_family({name: (state or own)[name].cpu() for name in own}, family))
     content = family.write_config(config)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    content |= {"torch_dtype": dtype, "dtype": dtype}
+    for each in (content, *(content[key] for key in family.parts)):
+        each |= {"torch_dtype": dtype, "dtype": dtype}
     save_tensors(directory / SINGLE, tensors)
     atomic_write(directory / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -180,12 +180,16 @@ def init_parameters(parameters: Iterable[tuple[str, Tensor]], std: float, seed: 
 
     Embeddings and input projections are Gaussian; biases are zero, norms one. The projections that write
     into the residual stream start at zero, so that each block starts as the identity and depth is learned
-    (Zhang et al. 2019, "Fixup", arXiv 1901.09321; Yang et al. 2022, arXiv 2203.03466).
+    (Zhang et al. 2019, "Fixup", arXiv 1901.09321; Yang et al. 2022, arXiv 2203.03466). A pooling is no such branch.
+    The scale and offset of logits keep what their model gave them.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in parameters:
-            if name.endswith(("o_proj.weight", "down_proj.weight")) or name.endswith("bias"):
+            if name.endswith(("logit_scale", "logit_bias")):
+                continue
+            branch = name.endswith(("o_proj.weight", "down_proj.weight")) and "pooling." not in name
+            if branch or name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)

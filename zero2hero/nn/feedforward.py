@@ -42,11 +42,17 @@ def gelu_new(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU in CLIP's approximation by one sigmoid (the same paper)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": relu2,
     "gelu": F.gelu,
     "gelu_new": gelu_new,
+    "quick_gelu": quick_gelu,
     "silu": F.silu,
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,8 +11,11 @@ from zero2hero.models.families.bert import BERT, ROBERTA
 from zero2hero.models.families.gpt2 import GPT2
 from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
 from zero2hero.models.families.t5 import T5
+from zero2hero.models.families.vit import VIT
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, BERT, ROBERTA, T5)}
+FAMILIES: dict[str, Family] = {
+    f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, BERT, ROBERTA, T5, VIT)
+}
 
 # What can be written, for those who put a shape together themselves.
 _COMBINATIONS = {
@@ -30,15 +33,15 @@ def family_of_config(theirs: dict[str, Any]) -> Family:
     model_type = theirs.get("model_type")
     if model_type not in FAMILIES:
         raise unknown_family(model_type, list(FAMILIES))
-    return FAMILIES[model_type]
+    return FAMILIES[model_type].of_file(theirs)
 
 
 def family_to_write(config: Any) -> Family:
     """The family under which this model is written: the one it was read from, else the first that fits."""
     candidates = [FAMILIES[config.model_type]] if config.model_type in FAMILIES else []
     for family in [*candidates, *FAMILIES.values()]:
-        if family.can_write(config):
-            return family
+        if (fitting := family.of_config(config)) is not None:
+            return fitting
     kin = [f for f in FAMILIES.values() if f.config_class is type(config)]
     fields = sorted({name for f in kin for name in f.constants})
     raise UserError(

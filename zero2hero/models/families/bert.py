@@ -6,19 +6,11 @@ does not use (a pooler, next-sentence prediction) are left aside.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from zero2hero.model_configs import PLAIN_ACTIVATIONS, EncoderConfig
 from zero2hero.models.encoder import Encoder
-from zero2hero.models.families.base import Family, Rule
-
-_KINDS = ("weight", "bias")
-
-
-def _pairs(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return tuple(Rule(f"{theirs}.{kind}", f"{ours}.{kind}") for kind in _KINDS)
+from zero2hero.models.families.base import HeadedFamily, Rule, pairs, read_labels, spell_labels
 
 
 def _body(prefix: str) -> tuple[Rule, ...]:
@@ -28,30 +20,16 @@ def _body(prefix: str) -> tuple[Rule, ...]:
             Rule(f"{prefix}.embeddings.{theirs}_embeddings.weight", f"embed_{name}.weight")
             for theirs, name in (("word", "tokens"), ("position", "positions"), ("token_type", "types"))
         ),
-        *_pairs(f"{prefix}.embeddings.LayerNorm", "embed_norm"),
-        *_pairs(f"{layer}.attention.self.query", f"{ours}.self_attn.q_proj"),
-        *_pairs(f"{layer}.attention.self.key", f"{ours}.self_attn.k_proj"),
-        *_pairs(f"{layer}.attention.self.value", f"{ours}.self_attn.v_proj"),
-        *_pairs(f"{layer}.attention.output.dense", f"{ours}.self_attn.o_proj"),
-        *_pairs(f"{layer}.attention.output.LayerNorm", f"{ours}.attention_norm"),
-        *_pairs(f"{layer}.intermediate.dense", f"{ours}.mlp.up_proj"),
-        *_pairs(f"{layer}.output.dense", f"{ours}.mlp.down_proj"),
-        *_pairs(f"{layer}.output.LayerNorm", f"{ours}.mlp_norm"),
+        *pairs(f"{prefix}.embeddings.LayerNorm", "embed_norm"),
+        *pairs(f"{layer}.attention.self.query", f"{ours}.self_attn.q_proj"),
+        *pairs(f"{layer}.attention.self.key", f"{ours}.self_attn.k_proj"),
+        *pairs(f"{layer}.attention.self.value", f"{ours}.self_attn.v_proj"),
+        *pairs(f"{layer}.attention.output.dense", f"{ours}.self_attn.o_proj"),
+        *pairs(f"{layer}.attention.output.LayerNorm", f"{ours}.attention_norm"),
+        *pairs(f"{layer}.intermediate.dense", f"{ours}.mlp.up_proj"),
+        *pairs(f"{layer}.output.dense", f"{ours}.mlp.down_proj"),
+        *pairs(f"{layer}.output.LayerNorm", f"{ours}.mlp_norm"),
     )
-
-
-def _labels(theirs: dict[str, Any]) -> dict[str, Any]:
-    names = theirs.get("id2label")
-    if names is None:
-        names = {i: f"LABEL_{i}" for i in range(theirs.get("num_labels", 2))}
-    return {"id2label": {int(i): name for i, name in names.items()}}
-
-
-def _spell_labels(config: EncoderConfig) -> dict[str, Any]:
-    return {
-        "id2label": {str(i): name for i, name in config.id2label.items()},
-        "label2id": {name: i for i, name in config.id2label.items()},
-    }
 
 
 def _tasks(prefix: str) -> dict[str, dict[str, str]]:
@@ -70,18 +48,7 @@ _UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"
 _OLDER = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
-@dataclass(frozen=True)
-class EncoderFamily(Family):
-    """A family whose files leave out the prefix when there is no head beside the pooler."""
-
-    def rules_for(self, names: Collection[str]) -> list[Rule]:
-        rules, prefix = super().rules_for(names), f"{self.model_type}."
-        heads = {name for name in names if name.startswith("head.")}
-        bare = heads <= {"head.pooler.weight", "head.pooler.bias"}
-        return [replace(r, theirs=r.theirs.removeprefix(prefix)) for r in rules] if bare else rules
-
-
-BERT = EncoderFamily(
+BERT = HeadedFamily(
     model_type="bert",
     architectures=_tasks("Bert"),
     config_class=EncoderConfig,
@@ -115,20 +82,20 @@ BERT = EncoderFamily(
         "tie_word_embeddings": (True,),
     },  # fmt: skip
     written={"tie_word_embeddings": True},
-    derive=_labels,
-    spell=_spell_labels,
+    derive=read_labels,
+    spell=spell_labels,
     rules=(
         *_body("bert"),
-        *_pairs("bert.pooler.dense", "head.pooler"),
-        *_pairs("cls.predictions.transform.dense", "head.transform"),
-        *_pairs("cls.predictions.transform.LayerNorm", "head.norm"),
+        *pairs("bert.pooler.dense", "head.pooler"),
+        *pairs("cls.predictions.transform.dense", "head.transform"),
+        *pairs("cls.predictions.transform.LayerNorm", "head.norm"),
         Rule("cls.predictions.bias", "head.decoder.bias"),
-        *_pairs("bert.pooler.dense", "head.dense"),
-        *_pairs("classifier", "head.out_proj"),
-        *_pairs("classifier", "head.classifier"),
-        *_pairs("qa_outputs", "head.ends"),
+        *pairs("bert.pooler.dense", "head.dense"),
+        *pairs("classifier", "head.out_proj"),
+        *pairs("classifier", "head.classifier"),
+        *pairs("qa_outputs", "head.ends"),
     ),
-    ignored=_UNUSED + tuple(f"cls.seq_relationship.{kind}" for kind in _KINDS),
+    ignored=(*_UNUSED, "cls.seq_relationship.weight", "cls.seq_relationship.bias"),
     older=(
         *_OLDER,
         (r"^cls\.predictions\.decoder\.weight$", "bert.embeddings.word_embeddings.weight"),
@@ -144,18 +111,18 @@ ROBERTA = replace(
     defaults={**BERT.defaults, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     fixed={**BERT.fixed, "hidden_act": ("gelu",)},
     # the row of a padding token is never learned, and the first token stands behind it
-    derive=lambda theirs: _labels(theirs) | {"position_offset": theirs["pad_token_id"] + 1},
+    derive=lambda theirs: read_labels(theirs) | {"position_offset": theirs["pad_token_id"] + 1},
     matches=lambda c: c.pad_token_id is not None and c.position_offset == c.pad_token_id + 1,
     rules=(
         *_body("roberta"),
-        *_pairs("roberta.pooler.dense", "head.pooler"),
-        *_pairs("lm_head.dense", "head.transform"),
-        *_pairs("lm_head.layer_norm", "head.norm"),
+        *pairs("roberta.pooler.dense", "head.pooler"),
+        *pairs("lm_head.dense", "head.transform"),
+        *pairs("lm_head.layer_norm", "head.norm"),
         Rule("lm_head.bias", "head.decoder.bias"),
-        *_pairs("classifier.dense", "head.dense"),
-        *_pairs("classifier.out_proj", "head.out_proj"),
-        *_pairs("classifier", "head.classifier"),
-        *_pairs("qa_outputs", "head.ends"),
+        *pairs("classifier.dense", "head.dense"),
+        *pairs("classifier.out_proj", "head.out_proj"),
+        *pairs("classifier", "head.classifier"),
+        *pairs("qa_outputs", "head.ends"),
     ),
     ignored=_UNUSED,
     older=(

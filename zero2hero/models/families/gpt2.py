@@ -68,7 +68,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False, True),
         "add_cross_attention": (False,),
-        "activation_function": ("gelu_new", "gelu", "relu", "relu2", "silu"),
+        "activation_function": ("gelu_new", "gelu", "quick_gelu", "relu", "relu2", "silu"),
     },  # fmt: skip
     written={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "use_cache": True},
     derive=_derive,
