@@ -82,11 +82,12 @@ def range_test(model: Any, data: Any, dtype: Any, config: PlanLearningRateConfig
     """(learning rates, the loss before each one's step), until the loss explodes."""
     growth = (config.max_learning_rate / config.min_learning_rate) ** (1 / (config.steps - 1))
     rates = [config.min_learning_rate * growth**i for i in range(config.steps)]
-    seen: list[Loss] = []
+    seen: list[tuple[float, float]] = []  # sum and weight of each micro-batch
 
     def objective(model: Any, batch: Any) -> Loss:
-        seen.append(causal_lm(model, batch, config.train.label_smoothing_factor))
-        return seen[-1]
+        loss = causal_lm(model, batch, config.train.label_smoothing_factor)
+        seen.append((float(loss.sum.detach()), float(loss.weight)))
+        return loss
 
     trainer = Trainer(model, objective, data, config.train, config.steps, dtype=dtype, watchers=[_Rising(rates)])
     losses: list[float] = []
@@ -95,9 +96,9 @@ def range_test(model: Any, data: Any, dtype: Any, config: PlanLearningRateConfig
         try:
             trainer.step()
         except UserError:
-            if all(math.isfinite(float(loss.sum)) for loss in seen):
+            if all(math.isfinite(total) for total, _ in seen):
                 raise
-        losses.append(sum(float(loss.sum) for loss in seen) / sum(float(loss.weight) for loss in seen))
+        losses.append(sum(total for total, _ in seen) / sum(weight for _, weight in seen))
         if not losses[-1] < EXPLODED * losses[0]:
             losses.pop()
             break
