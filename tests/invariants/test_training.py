@@ -498,10 +498,18 @@ def text(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("length_schedule", [[], [0.5]])
-def test_pretrain_stopped_and_resumed_gives_the_same_file(text, monkeypatch, length_schedule):
+WITH_EVERYTHING = {
+    "optim": "adamw_8bit", "ema_decay": 0.8, "label_smoothing_factor": 0.1, "l1_penalty": 1e-3,
+    "gradient_accumulation_steps": 2, "lr_scheduler_type": "inverse_sqrt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"length_schedule": [0.5]}, WITH_EVERYTHING], ids=["plain", "lengths", "everything"]
+)
+def test_pretrain_stopped_and_resumed_gives_the_same_file(text, monkeypatch, more):
     """The whole road, from text to model.safetensors, once straight and once with Ctrl-C on the way."""
-    train = {"eval_steps": 3, "save_steps": 100, "length_schedule": length_schedule}
+    train = {"eval_steps": 3, "save_steps": 100} | more
     pretrain(run_config(text, "straight", train=train))
     step = Trainer.step
 

@@ -113,3 +113,22 @@ def test_early_stopping_keeps_the_average_of_the_best_step(tmp_path):
     trainer.train()
     assert trainer.state.step == 8
     assert all(torch.equal(value, seen[1][name]) for name, value in average.average.items())
+
+
+def test_a_run_evaluates_and_leaves_the_average(tmp_path):
+    """The result of pretraining is the average of the last step, not the weights that the checkpoint goes on with."""
+    from zero2hero.config import PretrainConfig, TokenizerConfig
+    from zero2hero.train.checkpoint import folder_of, read_tree, read_weights
+    from zero2hero.train.pretrain import pretrain
+
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} and {i + 1} make {2 * i + 1}." for i in range(200)))
+    train = TrainConfig(max_steps=6, max_length=32, per_device_train_batch_size=4, ema_decay=0.9, eval_steps=6)
+    lm = pretrain(PretrainConfig(
+        data=str(tmp_path / "text.txt"), output_dir=str(tmp_path / "run"), precision="fp32", device="cpu", report_to=[],
+        tokenizer=TokenizerConfig(kind="char"), model=dataclasses.replace(MODEL, vocab_size=0), train=train,
+    ))  # fmt: skip
+    folder = folder_of(tmp_path / "run", 6)
+    average, own = read_tree(folder, "state")["state"]["watchers"]["weight_average"], read_weights(folder)
+    for name, value in lm.model.named_parameters():
+        assert torch.equal(value.detach(), average[name])
+    assert not torch.equal(average["embed_tokens.weight"], own["embed_tokens.weight"])

@@ -79,6 +79,7 @@ def test_the_command_to_type_next_is_the_planned_run(small):
     [
         ("--steps 3", "steps"),
         ("--min_learning_rate 2", "min_learning_rate"),
+        ("--streaming", "streaming"),
         ("--train.optim nadam", "train.optim|optim"),
     ],
 )
