@@ -132,6 +132,21 @@ def plan_lr(verb: str, words: list[str]) -> int:
     return 0
 
 
+def plan_memory(verb: str, words: list[str]) -> int:
+    """Predict the memory that a pretraining run needs, and say what would fit if it does not."""
+    from zero2hero.config import PretrainConfig
+
+    examples = [
+        "zero2hero plan memory --train.per_device_train_batch_size 64 --train.max_length 1024",
+        "zero2hero plan memory --config recipes/tiny_stories_cpu.yaml --train.gradient_checkpointing true",
+    ]
+    config = parse(verb, PretrainConfig, words, examples)
+    from zero2hero.plan.memory import run
+
+    run(config)
+    return 0
+
+
 # verb -> (what it is for, function)
 VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     name: ((function.__doc__ or "").strip(), function)
@@ -142,6 +157,7 @@ VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
         "tokenizer train": tokenizer_train,
         "tokenizer encode": tokenizer_encode,
         "plan lr": plan_lr,
+        "plan memory": plan_memory,
     }.items()
 }
 

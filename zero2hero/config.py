@@ -172,6 +172,9 @@ class TrainConfig:
     """When the loss or its gradient is not finite: stop; skip the step's update; or rollback to the last checkpoint
     and go on behind the data that led there. Either is done a few times at most, and the batch is kept on record."""
     document_mask: bool = True  # packed documents do not see each other
+    gradient_checkpointing: bool = False
+    """Keep each block's input only and compute the block again on the way back: far less memory, a third slower."""
+    activation_offload: bool = False  # those inputs wait in the CPU's memory; needs gradient_checkpointing and a GPU
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -190,6 +193,8 @@ class TrainConfig:
                   "head_lr_scale", "l1_penalty", "label_smoothing_factor", "momentum", "power",
                   "ema_decay")  # fmt: skip
         _below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise UserError("train.activation_offload moves what train.gradient_checkpointing keeps: set both")
         _one_of(self, "optim", OPTIMIZERS)
         _one_of(self, "lr_scheduler_type", SCHEDULES)
         _one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))
@@ -206,7 +211,7 @@ class TrainConfig:
 
 OPTIMIZERS = ("muon", "adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,9 @@ class PretrainConfig:
     Needs train.max_steps."""
     validation_fraction: float = 0.05  # of the documents, kept out of training
     resume: bool = False
-    precision: str = "auto"  # fp32, bf16 (fp32 master weights), auto: bf16 where this machine is faster with it
+    precision: str = "auto"
+    """fp32; bf16 and fp16 (both with fp32 master weights, fp16 with a loss scale too); auto: bf16 where this machine is
+    faster with it, else fp32."""
     device: str = "auto"  # cpu, cuda, mps
     prompts: list[str] = field(default_factory=list)
     """Samples are written from these as training goes on; by default from held-out documents."""

@@ -179,20 +179,26 @@ def _processor_features() -> set[str]:
 
 
 def prepare() -> Machine:
-    """Set this process up for fast training: safe bf16, and memory that is kept.
-
-    glibc hands every freed block above 128 kB back to the system and takes it anew, page fault by page fault; a
-    training step frees and takes the same gigabyte each time. Raising two thresholds keeps it.
-    """
+    """Set this process up for fast training: safe bf16, and memory that is kept."""
     found = machine()
     try:
         set_up_bf16(found.bf16_setup)
     except (OSError, subprocess.SubprocessError) as error:  # the cache folder was copied from elsewhere, say
         warnings.warn(f"bf16 cannot be set up as it was before ({error}); doing without tiles", stacklevel=2)
         set_up_bf16("no tiles")
+    keep_memory(True)
+    return found
+
+
+def keep_memory(keep: bool) -> None:
+    """Whether memory that is freed stays with the process, which is faster, or goes back to the system, which is less.
+
+    glibc hands every freed block above 128 kB back and takes it anew, page fault by page fault; a training step frees
+    and takes the same gigabyte each time. Raising two thresholds keeps it, but then blocks lie side by side in one
+    heap, with holes between them that no other block fits into: with activation checkpointing, two thirds of it.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-        libc.mallopt(mmap_threshold, most)
-        libc.mallopt(trim_threshold, most)
-    return found
+        trim_threshold, mmap_threshold = -1, -3
+        for threshold in (mmap_threshold, trim_threshold):
+            libc.mallopt(threshold, 2**31 - 1 if keep else 128 * 1024)

@@ -104,6 +104,14 @@ def human_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def human_bytes(count: float) -> str:
+    """1.4 GiB, 812 MiB, 96 KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.{1 if count < 100 * size else 0}f} {unit}"
+    return f"{count / 1024:.0f} KiB"
+
+
 def clock(seconds: float) -> str:
     """0:48, 2:31, 1:02:48."""
     minutes, second = divmod(int(seconds + 0.5), 60)

@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (TrainConfig, {"length_schedule": [0.5, 0.5]}, ["less than 1 in all"]),
         (TrainConfig, {"length_schedule": [0.0]}, ["each in (0, 1)"]),
         (TrainConfig, {"length_schedule": [0.2, 0.2], "max_length": 30}, ["30 cannot be halved 2 times"]),
-        (PretrainConfig, {"precision": "fp16"}, ["auto, fp32, bf16", "Did you mean 'bf16'"]),
+        (PretrainConfig, {"precision": "bf61"}, ["auto, fp32, bf16, fp16", "Did you mean 'bf16'"]),
         (PretrainConfig, {"on_bad_record": "skipp"}, ["Did you mean 'skip'"]),
         (PretrainConfig, {"validation_fraction": 1.0}, ["validation_fraction", "(0, 1)"]),
         (PretrainConfig, {"validation_fraction": 0.0}, ["validation_fraction"]),

@@ -67,6 +67,11 @@ def prepare(model: Decoder) -> PreparedDecoder | PlainDecoder:
     return prepared
 
 
+def forget(model: Decoder) -> None:
+    """Let go of the copy of a model's weights."""
+    _PREPARED.pop(model, None)
+
+
 def _fingerprint(model: Decoder) -> list[tuple]:
     """What tells whether any weight has changed. It costs about as much as one token: each weight is read once.
 

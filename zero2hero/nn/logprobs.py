@@ -104,7 +104,8 @@ class _NLLSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, *grad_weight = ctx.saved_tensors
-        scaled = [g * grad.to(g.dtype) if float(grad) != 1.0 else g for g in (grad_hidden, *grad_weight)]
+        factor = float(grad)  # as a tensor of fp16, a large loss scale would be infinite
+        scaled = [g * factor if factor != 1.0 else g for g in (grad_hidden, *grad_weight)]
         return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None, None
 
 

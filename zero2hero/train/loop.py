@@ -116,10 +116,13 @@ class Trainer:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
         self.masters = MasterWeights(model, dtype)
-        self.optimizers = make_optimizers(self.masters.parameters, config, dtype)
+        # fp16 has no room for gradients that are not scaled: the optimizer's own products are in fp32 then
+        self.optimizers = make_optimizers(
+            self.masters.parameters, config, torch.float32 if dtype == torch.float16 else dtype
+        )
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.watchers = list(watchers)
+        self.watchers = [*([self.masters.loss_scale] if self.masters.loss_scale else []), *watchers]
         self.tracker_state: dict[str, Any] = {}  # of the checkpoint that was taken up, for a tracker made after that
         self.made_with, self.describe = {"settings": fingerprint(config), **(made_with or {})}, describe
         self.state = State()
@@ -181,24 +184,28 @@ class Trainer:
         return step % self.config.logging_steps == 0 or step in (1, self.total_steps)
 
     def step(self) -> None:
-        """One optimizer step, unless its loss is not finite (see train/bad_steps.py)."""
+        """One optimizer step; without an update where the loss is not finite (train/bad_steps.py) or fp16 overflows."""
         self.model.train()
         window, started = copy.deepcopy(self._window), time.perf_counter()
         batches = self.data(self.state.step + self.state.data_offset)
         self._window.waiting += time.perf_counter() - started
         total, weight = self._backward(batches)
         self.step_weight = weight
-        self.metrics["grad_norm"] = norm = self._finish_gradients(batches, total, weight)
+        norm = self._finish_gradients(batches, total, weight)
         self.step_loss = total / weight
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            self._window = window
-            return bad_steps.handle(self, batches, self.step_loss, norm)
+        overflow = math.isfinite(total) and self.masters.overflowed(norm)
+        if not overflow:
+            self.metrics["grad_norm"] = norm
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                self._window = window
+                return bad_steps.handle(self, batches, self.step_loss, norm)
         self._set_learning_rate()
-        for watcher in self.watchers:
-            watcher.before_update(self)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.masters.publish()
+        if not overflow:
+            for watcher in self.watchers:
+                watcher.before_update(self)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.masters.publish()
         self.state.step += 1
         self.state.num_tokens += int(weight)
         self._window.loss += total
@@ -213,7 +220,7 @@ class Trainer:
         total, weight = 0.0, 0.0
         for index, batch in enumerate(batches):
             loss = self.objective(self.model, batch)
-            loss.sum.backward()
+            self.masters.backward(loss.sum)
             total += float(loss.sum.detach())
             weight += float(loss.weight)
             self.micro_batch_losses.append(float(loss.sum.detach()) / max(1.0, float(loss.weight)))

@@ -37,6 +37,7 @@ from zero2hero.data.sources import Source, open_source
 from zero2hero.data.streaming import Stream, StreamingBatches
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
+from zero2hero.generate.fast import forget
 from zero2hero.io import atomic_write, locked
 from zero2hero.language_model import LanguageModel, save
 from zero2hero.models.decoder import Decoder, init_weights
@@ -45,9 +46,13 @@ from zero2hero.models.ngram import NGram
 from zero2hero.nn.logprobs import nll_sum
 from zero2hero.progress import TrainingProgress, track
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.train.activation_checkpointing import checkpoint_blocks
 from zero2hero.train.diagnosis import Diagnosis, diagnose, verdict
 from zero2hero.train.ema import WeightAverage
 from zero2hero.train.loop import Trainer
+from zero2hero.train.memory import PeakMemory, memory_explained, planned_run, warning
+from zero2hero.train.memory_advice import free_memory
+from zero2hero.train.memory_plan import predict
 from zero2hero.train.noise_scale import NoiseScale
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.report import write_report
@@ -92,9 +97,13 @@ def _pretrain(config: PretrainConfig) -> LanguageModel:
         cache = tokenize_to_cache(source, tokenizer)
         made_with["data"] = cache.folder.name
         training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
+    planned, free = planned_run(shape, config.train, dtype, device), free_memory(str(device))
     model = Decoder(shape)
     init_weights(model, config.train.seed)
     model.to(device)
+    if config.train.gradient_checkpointing:
+        checkpoint_blocks(model, config.train.activation_offload)
+        machine.keep_memory(False)
     total_steps, data = (
         streamed_data(stream, config.train, device) if config.streaming else causal_data(training, config.train, device)
     )
@@ -103,12 +112,13 @@ def _pretrain(config: PretrainConfig) -> LanguageModel:
     objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
     with TrainingProgress(total_steps) as progress:
         evaluate = evaluation(model, held_out, config.train, device, tokenizer)
+        peak_memory = PeakMemory(device)
         trainer = Trainer(
             model, objective, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
             progress=progress, peak_flops=peak,
             flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
             watchers=[
-                Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print),
+                Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print), peak_memory,
                 *([average] if config.train.ema_decay else []),
                 *([NoiseScale()] if config.train.gradient_accumulation_steps > 1 else []),
             ],
@@ -126,7 +136,12 @@ def _pretrain(config: PretrainConfig) -> LanguageModel:
             if not resumed:
                 tracker.record(0, machine=describe_machine())
                 tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
-            trainer.train()
+            if words := warning(planned, free):
+                progress.print(words)
+            peak_memory.begin(trainer.masters)
+            with memory_explained(planned, free):
+                trainer.train()
+        progress.print(peak_memory.verdict(predict(planned).peak))
         progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
     average.keep(trainer)
     _save_result(lm, trainer, output_dir)
@@ -137,8 +152,11 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, floa
     """The dtype to compute in, and this machine's measured matmul peak in it (FLOP/s; 0 when not measured)."""
     if device.type != "cpu":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return (torch.bfloat16 if name == "bf16" or (name == "auto" and bf16) else torch.float32), 0.0
+        chosen = name if name != "auto" else "bf16" if bf16 else "fp32"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen], 0.0
     found = machine.prepare()
+    if name == "fp16":
+        return torch.float16, 0.0
     bf16 = name == "bf16" or (name == "auto" and found.bf16_pays)
     return (torch.bfloat16, found.bf16_flops) if bf16 else (torch.float32, found.fp32_flops)
 
@@ -297,6 +315,7 @@ def sampler(
         )  # fmt: skip
         tracker.samples(step, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])
         progress.print(f"\nstep {step} writes:  {prompts[0]}{texts[0]}\n")
+        forget(lm.model)  # the weights are going to change, and their copy would take memory until then
 
     return sample
 

@@ -29,7 +29,7 @@ import yaml
 from zero2hero import __version__
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
-from zero2hero.progress import human_count, visible
+from zero2hero.progress import human_bytes, human_count, visible
 from zero2hero.train import plots
 from zero2hero.train.diagnosis import CHECKS, Finding, diagnose
 from zero2hero.train.tracking import read_metrics
@@ -102,6 +102,7 @@ def header(run: Run) -> str:
         "steps": _maybe(str, max((row["step"] for row in run.rows), default=None)),
         "training time": _maybe(duration, run.rows[-1].get("time") if run.rows else None),
         "tokens per second": _maybe(human_count, _typical(run, "tokens_per_second")),
+        "peak memory": _maybe(human_bytes, run.last("peak_memory")),
         "of matmul peak": _maybe("{:.0%}".format, _typical(run, "peak_share")),
     }
     cells = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items() if value)
