@@ -193,7 +193,7 @@ def test_gradients_equal_those_of_transformers(tmp_path):
     logits = ours.logits(ours(ids, shifted, mask))
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     attention = theirs.encoder.block[0].layer[0].SelfAttention
-    assert torch.allclose(ours.encoder.relative_bias.weight.grad, attention.relative_attention_bias.weight.grad,
+    assert torch.allclose(ours.encoder.embed_distances.weight.grad, attention.relative_attention_bias.weight.grad,
                           atol=1e-5, rtol=1e-3)  # fmt: skip
     assert torch.allclose(ours.embed_tokens.weight.grad, theirs.shared.weight.grad, atol=1e-5, rtol=1e-3)
 

@@ -94,7 +94,7 @@ class Stack(nn.Module):
     def __init__(self, c: EncoderDecoderConfig, decoder: bool) -> None:
         super().__init__()
         if c.position == "relative":
-            self.relative_bias = RelativeBias(
+            self.embed_distances = RelativeBias(
                 c.relative_attention_num_buckets, c.relative_attention_max_distance, c.num_attention_heads, decoder
             )
         self.relative = c.position == "relative"
@@ -107,7 +107,7 @@ class Stack(nn.Module):
         """`mask` with the heads' biases for these positions."""
         if not self.relative:
             return mask
-        return Mask(mask.allowed, position_bias=self.relative_bias(query_positions_T, key_positions_S))
+        return Mask(mask.allowed, position_bias=self.embed_distances(query_positions_T, key_positions_S))
 
 
 class EncoderDecoder(nn.Module):

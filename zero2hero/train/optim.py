@@ -35,7 +35,7 @@ def make_optimizers(
     for name, p in parameters.items():
         if "embed" in name:
             kinds["embeddings"].append(p)
-        elif "lm_head" in name:
+        elif "head." in name:  # lm_head, or what stands on an encoder
             kinds["heads"].append(p)
         else:
             kinds["matrices" if p.dim() == 2 else "vectors"].append(p)

@@ -59,7 +59,7 @@ def _stack(side: str, feedforward: int) -> tuple[Rule, ...]:
     return (
         *_attention(f"{theirs}.0.SelfAttention", f"{ours}.self_attn"),
         Rule(f"{theirs}.0.layer_norm.weight", f"{ours}.self_attn_norm.weight"),
-        Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{side}.relative_bias.weight"),
+        Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{side}.embed_distances.weight"),
         Rule(f"{mlp}.wi.weight", f"{ours}.mlp.up_proj.weight"),
         Rule(f"{mlp}.wi_0.weight", f"{ours}.mlp.gate_proj.weight"),
         Rule(f"{mlp}.wi_1.weight", f"{ours}.mlp.up_proj.weight"),
