@@ -19,6 +19,26 @@ from typing import Any
 from zero2hero.errors import UserError, did_you_mean
 
 NO_OPTION = {"option": False}  # metadata of a field that the command line does not set
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of each feed-forward (see nn/moe.py)."""
+
+    num_experts: int = 0  # feed-forwards per layer; 0: one for all tokens
+    num_experts_per_tok: int = 2  # of these, how many each token takes
+    intermediate_size: int = 0  # width of an expert; 0: as of a feed-forward
+    norm_topk_prob: bool = True  # the chosen experts' probabilities sum to one
+    dense_layers: list[int] = field(default_factory=list)  # layers that keep a single feed-forward
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "num_experts", "intermediate_size")
+        _at_least(self, 1, "num_experts_per_tok")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
+            )
 
 
 @dataclass(frozen=True)
@@ -38,9 +58,10 @@ class DecoderConfig:
     intermediate_size: int = 0  # width of the feed-forward
     max_position_embeddings: int = 256  # context, in tokens
     position: str = "rotary"  # rotary, learned, sinusoidal, none
-    norm: str = "rmsnorm"  # rmsnorm, layernorm
+    norm: str = "rmsnorm"  # rmsnorm, layernorm, rmsnorm_offset (Gemma's: scaled by 1 + weight)
     norm_eps: float = 1e-5
-    feedforward: str = "swiglu"  # swiglu, or the plain form's activation: relu2, gelu, gelu_new, quick_gelu, relu, silu
+    feedforward: str = "swiglu"
+    """Gated: swiglu, geglu; or the plain form's activation: relu2, gelu, gelu_new, quick_gelu, relu, silu."""
     qk_norm: bool = False  # normalize queries and keys (Qwen3)
     attention_bias: bool = False  # on q, k, v
     output_bias: bool = False  # on the attention's output projection
@@ -50,10 +71,13 @@ class DecoderConfig:
     tie_word_embeddings: bool = True  # one matrix for embedding and head
     dropout: float = 0.0
     initializer_range: float = 0.02  # standard deviation of the first weights
+    moe: MoEConfig = field(default_factory=MoEConfig)
     # Known only with a tokenizer or a file at hand; no options of a run.
     bos_token_id: int | None = field(default=None, metadata=NO_OPTION)
     eos_token_id: int | list[int] | None = field(default=None, metadata=NO_OPTION)
     pad_token_id: int | None = field(default=None, metadata=NO_OPTION)
+    rope_scaling: dict[str, Any] | None = field(default=None, metadata=NO_OPTION)  # see nn/rope_scaling.py
+    layer_types: list[str] | None = field(default=None, metadata=NO_OPTION)  # of each layer, where they differ
     model_type: str | None = field(default=None, metadata=NO_OPTION)  # the family that it was read from
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
@@ -65,8 +89,8 @@ class DecoderConfig:
         if self.sliding_window is not None:
             _at_least(self, 1, "sliding_window")
         _one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
-        _one_of(self, "norm", ("rmsnorm", "layernorm"))
-        _one_of(self, "feedforward", ("swiglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
+        _one_of(self, "norm", ("rmsnorm", "layernorm", "rmsnorm_offset"))
+        _one_of(self, "feedforward", ("swiglu", "geglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
@@ -79,28 +103,49 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        kinds = self.layer_types
+        if kinds is not None and (len(kinds) != self.num_hidden_layers or set(kinds) - set(LAYER_TYPES)):
+            raise UserError(f"layer_types should hold {' or '.join(LAYER_TYPES)} for each of the layers, not {kinds}")
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.position == "rotary" and head_dim % 2:
             raise UserError(f"rotary positions turn pairs of features: head_dim {head_dim} must be even")
 
     def derived(self) -> DecoderConfig:
         """The same configuration with nothing left at 0: what a model is built from."""
-        gated = self.feedforward == "swiglu"
-        inner = -(-8 * self.hidden_size // 96) * 32 if gated else 4 * self.hidden_size
+        inner = -(-8 * self.hidden_size // 96) * 32 if self.gated else 4 * self.hidden_size
+        inner, moe = self.intermediate_size or inner, self.moe
         return dataclasses.replace(
             self,
             num_key_value_heads=self.num_key_value_heads or self.num_attention_heads,
             head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-            intermediate_size=self.intermediate_size or inner,
+            intermediate_size=inner,
+            moe=dataclasses.replace(moe, intermediate_size=moe.intermediate_size or inner) if moe.num_experts else moe,
         )
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate: three matrices instead of two."""
+        return self.feedforward in ("swiglu", "geglu")
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How many tokens back each layer's queries look; None: all the way."""
+        kinds = self.layer_types or ["sliding_attention"] * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+    @property
     def num_matrix_parameters(self) -> int:
-        """Weights that multiply each token, the head included: what a forward pass costs 2 FLOPs each for."""
+        """Weights that multiply each token, the head included: what a forward pass costs 2 FLOPs each for.
+
+        Of a mixture of experts, those of the experts that a token takes.
+        """
         attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        matrices = 3 if self.feedforward == "swiglu" else 2
-        feedforward = matrices * self.hidden_size * self.intermediate_size
-        return self.num_hidden_layers * (attention + feedforward) + self.vocab_size * self.hidden_size
+        per_unit = (3 if self.gated else 2) * self.hidden_size  # weights for each unit of a feed-forward's width
+        moe, layers = self.moe, self.num_hidden_layers
+        mixed = layers - len(moe.dense_layers) if moe.num_experts else 0
+        experts = per_unit * moe.num_experts_per_tok * moe.intermediate_size + self.hidden_size * moe.num_experts
+        feedforward = (layers - mixed) * per_unit * self.intermediate_size + mixed * experts
+        return layers * attention + feedforward + self.vocab_size * self.hidden_size
 
     def training_flops_per_token(self, length: int) -> float:
         """Forward and backward: 6 per matrix weight, and causal attention (Chowdhery et al. 2022, app. B).

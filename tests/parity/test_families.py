@@ -34,6 +34,22 @@ def rope(theta: float) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
+def scaled(kind: str, **parameters) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5e3, **parameters}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5, "num_hidden_layers": 3}
+GEMMA3 = GEMMA | {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e3},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    }
+}
+QWEN_WINDOW = LLAMA | {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3, "max_window_layers": 1}
+QWEN_MOE = LLAMA | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 12}
+
 # name -> (model_type, what differs from the common shape)
 CASES = {
     "llama": ("llama", LLAMA),
@@ -53,6 +69,36 @@ CASES = {
     "arcee, biases, tied": (
         "arcee", LLAMA | {"head_dim": 12, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
+    "llama, linear": ("llama", LLAMA | scaled("linear", factor=3.0)),
+    "llama, dynamic": ("llama", LLAMA | scaled("dynamic", factor=3.0) | {"max_position_embeddings": 20}),
+    "llama, llama3": ("llama", LLAMA | scaled("llama3", **LLAMA3) | {"head_dim": 32}),
+    "llama, yarn": ("llama", LLAMA | scaled("yarn", **YARN) | {"head_dim": 32}),
+    "qwen3, yarn with all its parameters": (
+        "qwen3",
+        LLAMA | scaled("yarn", **YARN, beta_fast=8.0, beta_slow=0.5, mscale=0.7, mscale_all_dim=1.1, truncate=False)
+        | {"head_dim": 32},
+    ),
+    "qwen2, yarn, attention factor": ("qwen2", LLAMA | scaled("yarn", **YARN, attention_factor=1.7)),
+    "qwen2, window of the last layers": ("qwen2", QWEN_WINDOW),
+    "qwen3, window of some layers": (
+        "qwen3", QWEN_WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "gemma": ("gemma", LLAMA | {"head_dim": 12}),
+    "gemma, untied, one key head": ("gemma", LLAMA | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}),
+    "gemma2, no caps": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3, as published, seven layers": ("gemma3_text", GEMMA | {"num_hidden_layers": 7, "sliding_window": 4}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4}),
+    "mixtral, window, three each": (
+        "mixtral", LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5},
+    ),
+    "qwen3_moe": ("qwen3_moe", QWEN_MOE),
+    "qwen3_moe, normalized, some layers dense": (
+        "qwen3_moe", QWEN_MOE | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+                                 "norm_topk_prob": True},
+    ),
+    "qwen3_moe, window": ("qwen3_moe", QWEN_MOE | {"use_sliding_window": True, "sliding_window": 5}),
     "gpt2": ("gpt2", GPT2),
     "gpt2, inner width, untied": ("gpt2", GPT2 | {"n_inner": 40, "tie_word_embeddings": False}),
     "gpt2, gelu, eps": ("gpt2", GPT2 | {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}),
@@ -130,7 +176,8 @@ def test_config_keeps_what_it_said(case):
     _, ours, *folders = case
     before, after = (transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in folders)
     for config in (before, after):
-        for key in ("_name_or_path", "head_dim", "n_inner"):  # null and its meaning are two spellings of one thing
+        # null and its meaning are two spellings of one thing; a step and a list name the same layers
+        for key in ("_name_or_path", "head_dim", "n_inner", "decoder_sparse_step", "mlp_only_layers"):
             config.pop(key, None)
     assert before == after
     again = from_pretrained(folders[1]).config
@@ -142,8 +189,12 @@ def test_config_is_spelt_for_versions_4_and_5(case, tmp_path):
     written = json.loads((our_folder / "config.json").read_text())
     assert written["torch_dtype"] == written["dtype"] == "float32"
     if theirs.config.model_type != "gpt2":
-        theta = theirs.config.rope_parameters["rope_theta"]
-        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == theta
+        rope = theirs.config.rope_parameters
+        new = written["rope_parameters"]
+        if theirs.config.model_type == "gemma3_text":
+            assert written["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+            rope, new = rope["full_attention"], new["full_attention"]
+        assert written["rope_theta"] == new["rope_theta"] == rope["rope_theta"]
     version_4 = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
     (tmp_path / "config.json").write_text(json.dumps(version_4))
     (tmp_path / "model.safetensors").symlink_to(our_folder / "model.safetensors")

@@ -234,16 +234,25 @@ def test_unknown_architecture(saved):
 @pytest.mark.parametrize(
     ("model_type", "changes", "words"),
     [
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'"]),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'"]),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["'yarn'"]),
+        ("llama", {"rope_scaling": {"type": "linear"}}, ["'linear'", "needs factor"]),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "low_freq_factor"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, ["factor", "'2'"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": -2}}, ["factor", "-2"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 1}}, ["beta_fast"]),
+        ("llama", {"rope_parameters": {"rope_type": "yrn", "rope_theta": 1e4}}, ["'yrn'", "Did you mean 'yarn'"]),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ("llama", {"pretraining_tp": 2}, ["pretraining_tp"]),
         ("arcee", {"hidden_act": "silu"}, ["hidden_act", "'relu2'"]),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, ["use_sliding_window"]),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, ["use_sliding_window"]),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]},
+            ["layer_types"],
+        ),
+        ("gemma", {"hidden_act": "relu"}, ["hidden_act", "gelu_pytorch_tanh"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ("gpt2", {"activation_function": "tanh"}, ["activation_function", "'tanh'"]),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
         ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights"]),
@@ -251,7 +260,12 @@ def test_unknown_architecture(saved):
     ],
 )
 def test_mathematics_that_is_not_supported(saved, model_type, changes, words):
-    edit_config(saved, model_type=model_type, **({"rope_parameters": ...} if model_type == "llama" else {}) | changes)
+    edit_config(
+        saved,
+        model_type=model_type,
+        architectures=None,
+        **({"rope_parameters": ...} if model_type == "llama" else {}) | changes,
+    )
     refused(saved, *words)
 
 
@@ -366,9 +380,9 @@ def test_a_place_that_cannot_be_written(tmp_path):
         {"position": "none"},
         {"position": "sinusoidal", "norm": "layernorm"},
         {"feedforward": "gelu"},
-        {"qk_norm": True, "sliding_window": 4},
+        {"qk_norm": True, "mlp_bias": True},
         {"norm": "layernorm"},
-        {"attention_bias": True, "sliding_window": 4},
+        {"attention_bias": True, "mlp_bias": True},
         {"output_bias": True},
         {"qk_norm": True, "feedforward": "relu2"},
         {"position": "learned", "norm": "layernorm", "feedforward": "gelu_new"},

@@ -38,7 +38,7 @@ from zero2hero.machine import native_library
 from zero2hero.models.decoder import Block, Decoder, DecoderConfig
 from zero2hero.nn import native
 from zero2hero.nn.attention import Attention, attend
-from zero2hero.nn.feedforward import ACTIVATIONS, FeedForward
+from zero2hero.nn.feedforward import ACTIVATIONS, GATES, FeedForward
 from zero2hero.nn.kv_cache import KVCache
 from zero2hero.nn.masks import Mask
 from zero2hero.nn.norms import RMSNorm
@@ -127,14 +127,14 @@ class PreparedDecoder:
         plain = positions is None
         if positions is None:
             positions = torch.arange(past, past + T, device=ids_BT.device)[None]
-        mask, slots = model._mask_and_slots(positions, plain, None, cache, T, past)
+        masks, slots = model._masks_and_slots(positions, plain, None, cache, T, past)
         x = model._embed(ids_BT, positions, past + T).view(B * T, -1)
         rotation = None
         if model.config.position == "rotary":  # x cos + swapped(x) (-sin, sin), in pairs of halves
-            cos, sin = model.rotary(positions, x.dtype)
+            cos, sin = model.rotary(positions, x.dtype, past, past + T)
             rotation = torch.stack([cos, cos], -2), torch.stack([-sin, sin], -2)
         for i, block in enumerate(self.blocks):
-            x = block(x, B, mask, rotation, cache, i, slots)
+            x = block(x, B, masks[i], rotation, cache, i, slots)
         return self.norm(x).view(B, T, -1)
 
 
@@ -143,6 +143,7 @@ class _PreparedBlock:
 
     def __init__(self, block: Block, config: DecoderConfig) -> None:
         attention, mlp = block.self_attn, block.mlp
+        assert isinstance(mlp, FeedForward)
         self.input_norm, self.post_norm = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
         self.qkv = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output, self.down = _linear(attention.o_proj), _linear(mlp.down_proj)
@@ -152,9 +153,9 @@ class _PreparedBlock:
         if attention.qk_norm:  # one norm for query and key heads, each with its weight
             weight = torch.cat([attention.q_norm.weight.expand(self.H, -1), attention.k_norm.weight.expand(self.G, -1)])
             self.qk_norm = _rms_norm(weight.detach(), attention.q_norm.eps)
-        self.gated = mlp.kind == "swiglu"
+        self.gated = mlp.kind in GATES
         self.up = _linear(mlp.gate_proj, mlp.up_proj) if self.gated else _linear(mlp.up_proj)
-        self.inner, self.activation = config.intermediate_size, ACTIVATIONS["silu" if self.gated else mlp.kind]
+        self.inner, self.activation = config.intermediate_size, (GATES | ACTIVATIONS)[mlp.kind]
 
     def __call__(
         self, x: Tensor, B: int, mask: Mask, rotation: Rotation | None, cache: KVCache, layer: int, slots: Any
@@ -244,6 +245,8 @@ class NativeStep:
             _is_plain(model)
             and {type(module) for module in model.modules()} <= _NATIVE_MODULES
             and (c.position, c.norm, c.feedforward in ("swiglu", "relu2")) == ("rotary", "rmsnorm", True)
+            and len(set(c.windows)) == 1
+            and not model.rotary.dynamic
             and len({m.eps for m in model.modules() if isinstance(m, RMSNorm)}) == 1
             and model.lm_head.bias is None
             and c.num_matrix_parameters
@@ -268,7 +271,7 @@ class NativeStep:
         self.memory = [t.detach() for group in (tensors, *blocks) for t in group.values()]
         self.model = _Model(
             layers=len(blocks), D=D, H=H, G=G, K=K, F=F, V=c.vocab_size, S=cache.max_length,
-            window=c.sliding_window or cache.max_length, eps=model.norm.eps, scale=K**-0.5,
+            window=c.windows[0] or cache.max_length, eps=model.norm.eps, scale=K**-0.5,
             blocks=(_Block * len(blocks))(*(_Block(**_pointers(block)) for block in blocks)), **_pointers(tensors),
         )  # fmt: skip
         weight = model.embed_tokens.weight

@@ -1,12 +1,14 @@
-"""The decoder-only Transformer: GPT-2, Llama or Qwen3, by its configuration.
+"""The decoder-only Transformer: GPT-2, Llama, Qwen3 or Mixtral, by its configuration (for Gemma see gemma.py).
 
-One block, repeated: normalize, attend, add; normalize, feed forward, add. The families differ in four
-choices only, each a field of `DecoderConfig`:
+One block, repeated: normalize, attend, add; normalize, feed forward, add. The families differ in a few choices only,
+each a field of `DecoderConfig`:
 
-              positions   normalization   feed-forward   extras
-    GPT-2     learned     LayerNorm       GELU           biases everywhere
-    Llama     rotary      RMSNorm         SwiGLU         grouped-query attention
-    Qwen3     rotary      RMSNorm         SwiGLU         QK-norm
+              positions   normalization   feed-forward         extras
+    GPT-2     learned     LayerNorm       GELU                 biases everywhere
+    Llama     rotary      RMSNorm         SwiGLU               grouped-query attention
+    Mistral   rotary      RMSNorm         SwiGLU               sliding window
+    Mixtral   rotary      RMSNorm         experts of SwiGLU
+    Qwen3     rotary      RMSNorm         SwiGLU (or experts)  QK-norm
     Arcee     rotary      RMSNorm         ReLU²
 
 The model returns hidden states, and logits when asked. It knows no loss, no device, no precision policy
@@ -31,28 +33,44 @@ from zero2hero.nn.attention import Attention
 from zero2hero.nn.feedforward import FeedForward
 from zero2hero.nn.kv_cache import KVCache
 from zero2hero.nn.masks import Mask, causal_mask, make_mask
-from zero2hero.nn.norms import make_norm
+from zero2hero.nn.moe import MixtureOfExperts
+from zero2hero.nn.norms import OffsetRMSNorm, make_norm
 from zero2hero.nn.positions import Rotary, sinusoidal_table
 
 
 class Block(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x))."""
 
-    def __init__(self, c: DecoderConfig) -> None:
+    def __init__(self, c: DecoderConfig, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
-        self.self_attn = Attention(
-            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-            bias=c.attention_bias, output_bias=c.output_bias,
-            qk_norm_eps=c.norm_eps if c.qk_norm else None, dropout=c.dropout,
-        )  # fmt: skip
+        self.self_attn = attention
         self.post_attention_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
-        self.mlp = FeedForward(c.hidden_size, c.intermediate_size, c.feedforward, c.mlp_bias)
+        self.mlp = mlp
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, rotation, cache: KVCache | None, layer: int, slots) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), mask, rotation, cache, layer, slots))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+def attention_options(c: DecoderConfig) -> dict[str, Any]:
+    """What `Attention` is made with."""
+    return {
+        "width": c.hidden_size, "num_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim, "bias": c.attention_bias, "output_bias": c.output_bias,
+        "qk_norm_eps": c.norm_eps if c.qk_norm else None, "dropout": c.dropout,
+    }  # fmt: skip
+
+
+def make_mlp(c: DecoderConfig, layer: int) -> nn.Module:
+    """The feed-forward of a layer, or its experts."""
+    if not c.moe.num_experts or layer in c.moe.dense_layers:
+        return FeedForward(c.hidden_size, c.intermediate_size, c.feedforward, c.mlp_bias)
+    m = c.moe
+    return MixtureOfExperts(
+        c.hidden_size, m.intermediate_size, c.feedforward, m.num_experts, m.num_experts_per_tok, m.norm_topk_prob
+    )
 
 
 class Decoder(nn.Module):
@@ -70,13 +88,16 @@ class Decoder(nn.Module):
             table = sinusoidal_table(c.max_position_embeddings, c.hidden_size)
             self.register_buffer("position_table", table, persistent=False)
         elif c.position == "rotary":
-            self.rotary = Rotary(c.head_dim, c.rope_theta, c.max_position_embeddings)
+            self.rotary = Rotary(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
         self.dropout = nn.Dropout(c.dropout)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(self.make_block(c, i) for i in range(c.num_hidden_layers))
         self.norm = make_norm(c.norm, c.hidden_size, c.norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def make_block(self, c: DecoderConfig, layer: int) -> Block:
+        return Block(c, Attention(**attention_options(c)), make_mlp(c, layer))
 
     def forward(
         self,
@@ -101,11 +122,11 @@ class Decoder(nn.Module):
         plain = positions is None
         if positions is None:
             positions = torch.arange(past, past + T, device=ids_BT.device)[None]
-        mask, slots = self._mask_and_slots(positions, plain, document_ids, cache, T, past)
+        masks, slots = self._masks_and_slots(positions, plain, document_ids, cache, T, past)
         x = self.dropout(self._embed(ids_BT, positions, past + T))
-        rotation = self.rotary(positions, x.dtype) if self.config.position == "rotary" else None
+        rotations = self._rotations(positions, x.dtype, past, past + T)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, rotation, cache, i, slots)
+            x = layer(x, masks[i], rotations[i], cache, i, slots)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -139,40 +160,50 @@ class Decoder(nn.Module):
             learned = self.config.position == "learned"
             table = self.embed_positions.weight if learned else self.position_table
             x = x + F.embedding(positions, table).to(x.dtype)
-        elif self.config.position == "rotary" and end > self.rotary.table.shape[1]:
-            self.rotary.grow(max(end, int(positions.max()) + 1))
         return x
 
-    def _mask_and_slots(self, positions: Tensor, plain: bool, document_ids, cache: KVCache | None, T: int, past: int):
-        window = self.config.sliding_window
-        if cache is None:
-            if document_ids is None and plain and (window is None or window >= T):
-                return causal_mask(T, positions.device), None
-            order = torch.arange(T, device=positions.device)[None]
+    def _rotations(self, positions: Tensor, dtype: torch.dtype, past: int, end: int) -> list:
+        """The rotation of each layer."""
+        rotation = self.rotary(positions, dtype, past, end) if self.config.position == "rotary" else None
+        return [rotation] * len(self.layers)
+
+    def _masks_and_slots(self, positions: Tensor, plain: bool, document_ids, cache: KVCache | None, T: int, past: int):
+        """The mask of each layer (one for each width of window), and where in the cache this call's tokens go."""
+        slots, end = None, T
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("a cache holds one document per row; document_ids are for packed training")
+            end = past + T if plain else int(positions.max()) + 1
+            if end > cache.max_length:
+                raise UserError(f"the cache holds {cache.max_length} tokens and {end} are needed")
+            cache.end = max(cache.end, end)
+            slots = slice(past, past + T) if plain else positions
+
+        def make(window: int | None) -> Mask:
+            whole = plain and document_ids is None and (window is None or window >= end)
+            if whole and past == 0:
+                return causal_mask(T, positions.device)
+            if whole and T == 1:
+                return Mask(None)
+            if cache is not None:
+                return make_mask(positions, torch.arange(cache.end, device=positions.device)[None], window=window)
             # inside a packed row the order of the tokens is also the order of each document's positions
-            mask = make_mask(
+            order = torch.arange(T, device=positions.device)[None]
+            return make_mask(
                 order, order, window=window, query_documents_BT=document_ids, key_documents_BS=document_ids
             )
-            return mask, None
-        if document_ids is not None:
-            raise ValueError("a cache holds one document per row; document_ids are for packed training")
-        end = past + T if plain else int(positions.max()) + 1
-        if end > cache.max_length:
-            raise UserError(f"the cache holds {cache.max_length} tokens and {end} are needed")
-        cache.end = max(cache.end, end)
-        slots = slice(past, past + T) if plain else positions
-        if plain and T == 1 and (window is None or window >= end):
-            return Mask(None), slots
-        if plain and past == 0 and (window is None or window >= T):
-            return causal_mask(T, positions.device), slots
-        keys = torch.arange(cache.end, device=positions.device)[None]
-        return make_mask(positions, keys, window=window), slots
+
+        made = {window: make(window) for window in set(self.config.windows)}
+        return [made[window] for window in self.config.windows], slots
 
 
 def init_weights(model: nn.Module, seed: int = 0) -> None:
     """Every initial weight of a model, from one seed; see `init_parameters`."""
     config: Any = model.config
     init_parameters(model.named_parameters(), config.initializer_range, seed)
+    for module in model.modules():
+        if isinstance(module, OffsetRMSNorm):  # one is added to its weight
+            nn.init.zeros_(module.weight)
 
 
 def init_parameters(parameters: Iterable[tuple[str, Tensor]], std: float, seed: int = 0) -> None:

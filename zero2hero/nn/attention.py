@@ -134,8 +134,12 @@ class Attention(nn.Module):
         else:
             assert slots is not None
             k, v = cache.update(layer, k, v, slots)
-        y = attend(q.transpose(1, 2), k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        y = self.attend(q.transpose(1, 2), k, v, mask)
         return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
+
+    def attend(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Mask) -> Tensor:
+        """Attention of queries over keys and values -> [B, H, T, K]; the step that variants change."""
+        return attend(q_BHTK, k_BGSK, v_BGSK, mask, self.scale, self.dropout if self.training else 0.0)
 
 
 class CrossAttention(Attention):

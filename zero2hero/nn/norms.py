@@ -11,6 +11,8 @@ passes over memory instead of eight (or two, in a native kernel).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -64,6 +66,24 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm by 1 + weight, in fp32 throughout (Gemma): weight decay then pulls the scale towards one, not zero."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "rmsnorm_offset": OffsetRMSNorm,
+    "layernorm": nn.LayerNorm,
+}
+
+
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """`"rmsnorm"` or `"layernorm"`, as a configuration names it."""
-    return RMSNorm(width, eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps)
+    """One of `NORMS`, as a configuration names it."""
+    return NORMS[kind](width, eps=eps)

@@ -13,12 +13,15 @@ when a model is laid out on the meta device to receive its weights.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from zero2hero.errors import UserError
 from zero2hero.nn import native
+from zero2hero.nn.rope_scaling import frequencies
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
@@ -34,27 +37,43 @@ def sinusoidal_table(length: int, width: int) -> Tensor:
 class Rotary(nn.Module):
     """Cosines and sines of the rotation angles: positions [B, T] -> (cos, sin), each [B, T, 1, K/2].
 
-    The table is a constant made from `theta`; it grows when a longer position is asked for.
+    The table is a constant made from `theta` and `scaling` (see rope_scaling.py) for the `length` of training; it
+    grows when a longer position is asked for.
     """
 
     table: Tensor
 
-    def __init__(self, head_dim: int, theta: float, length: int) -> None:
+    def __init__(self, head_dim: int, theta: float, length: int, scaling: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
+        self.head_dim, self.theta, self.trained, self.scaling = head_dim, theta, length, scaling
+        self.dynamic = scaling is not None and scaling["rope_type"] == "dynamic"
         self.register_buffer("table", torch.empty(0, device="cpu"), persistent=False)
         self.grow(length)
 
     def grow(self, length: int) -> None:
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
-        frequency = self.theta ** -(pairs / self.head_dim)
+        frequency, factor = frequencies(self.head_dim, self.theta, self.scaling, self.trained, length)
         angle = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequency
-        table = torch.stack([angle.cos(), angle.sin()])  # [2, length, K/2]
+        table = torch.stack([angle.cos(), angle.sin()]).mul_(factor)  # [2, length, K/2]
         self.table = table.to(self.table.device)
 
-    def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self.table.dtype != torch.float32:  # a model cast to bf16 keeps exact angles
-            self.grow(self.table.shape[1])
+    def forward(self, positions_BT: Tensor, dtype: torch.dtype, past: int = 0, end: int = 0) -> tuple[Tensor, Tensor]:
+        """`past`: tokens that a cache holds already; `end`: the number of tokens with these.
+
+        Raises:
+            UserError: dynamic scaling, and the text grows past the trained length after some of it was cached.
+        """
+        size = self.table.shape[1]
+        if self.dynamic and max(end, size) > self.trained:
+            if past and end > self.trained:
+                raise UserError(
+                    f"with dynamic rotary scaling a text longer than {self.trained} tokens is read as a whole: "
+                    "the keys in the cache were rotated for a shorter one"
+                )
+            self.grow(max(int(positions_BT.max()) + 1, self.trained))
+        elif end > size:
+            self.grow(max(end, int(positions_BT.max()) + 1))
+        elif self.table.dtype != torch.float32:  # a model cast to bf16 keeps exact angles
+            self.grow(size)
         cos, sin = self.table[:, positions_BT].to(dtype).unsqueeze(-2).unbind(0)
         return cos, sin
 

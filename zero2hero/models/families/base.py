@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Keys where null is an answer of its own (none, or 0: to be derived) and not the same as an absent key.
-_NULL = {"sliding_window": None, "num_key_value_heads": 0, "head_dim": 0}
+_NULL = {
+    "sliding_window": None, "num_key_value_heads": 0, "head_dim": 0,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,16 +136,16 @@ class Family:
     """
 
     model_type: str
-    architectures: Mapping[str, Mapping[str, Any]]
+    architectures: dict[str, dict[str, Any]]
     config_class: type
     build: Callable[[Any], nn.Module]
-    names: Mapping[str, str]
-    constants: Mapping[str, Any]
+    names: dict[str, str]
+    constants: dict[str, Any]
     rules: tuple[Rule, ...]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    required: tuple[str, ...] = ("vocab_size", "hidden_size")
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    written: Mapping[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     older: tuple[tuple[str, str], ...] = ()
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda theirs: {}
@@ -179,10 +183,10 @@ class Family:
                 ours[name] = given[key]
         for key, part in self.parts.items():
             ours[key] = part.families[0].read_config(_nested(theirs, key))
-        ours.update(self.derive(given))
         missing = [self.names.get(name, name) for name in self.required if name not in ours]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}, which {self.model_type} needs")
+        ours.update(self.derive(given))
         known = {*self.names.values(), *self.fixed, *self.written, "architectures", "model_type"}
         known |= {spelling for key in self.parts for spelling in (key, f"{key}_dict")}
         extra = {k: v for k, v in theirs.items() if k not in known}

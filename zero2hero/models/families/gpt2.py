@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zero2hero.config import DecoderConfig
+from zero2hero.config import DecoderConfig, MoEConfig
 from zero2hero.models.decoder import Decoder
 from zero2hero.models.families.base import Family, Rule
 
@@ -49,6 +49,7 @@ GPT2 = Family(
         "output_bias": True,
         "mlp_bias": True,
         "sliding_window": None,
+        "moe": MoEConfig(),
     },  # fmt: skip
     defaults={
         "layer_norm_epsilon": 1e-5,
@@ -93,6 +94,6 @@ GPT2 = Family(
     matches=lambda c: (
         c.num_key_value_heads == c.num_attention_heads
         and c.head_dim * c.num_attention_heads == c.hidden_size
-        and c.feedforward != "swiglu"
+        and not c.gated
     ),
 )

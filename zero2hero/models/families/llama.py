@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zero2hero.config import DecoderConfig
+from zero2hero.config import DecoderConfig, MoEConfig
 from zero2hero.models.decoder import Decoder
 from zero2hero.models.families.base import Family, Rule
+from zero2hero.models.families.rope import read_qwen_window, read_rope, spell_qwen_window, spell_rope
 
-_NAMES = {
+NAMES = {
     name: name
     for name in (
         "vocab_size",
@@ -49,46 +50,17 @@ _RULES = (
 )
 
 
-def _rope_theta(theirs: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 nests the base under rope_parameters; 4 has it flat beside rope_scaling."""
-    from zero2hero.errors import UserError
-
-    rope = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or rope
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise UserError(f"config.json: rotary scaling {kind!r} is not supported yet; only plain rotary positions are")
-    for key, value in rope.items():
-        if key not in ("rope_type", "type", "rope_theta") and value not in (None, 1.0):
-            raise UserError(f"config.json: {key} = {value!r} in rope_parameters is not supported yet")
-    return {"rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))}
-
-
-def _spell_rope(config: DecoderConfig) -> dict[str, Any]:
-    """transformers 4 reads the first spelling, 5 the second."""
-    return {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }
-
-
 def _biases(theirs: dict[str, Any]) -> dict[str, Any]:
     bias = bool(theirs.get("attention_bias", False))
-    return _rope_theta(theirs) | {
+    return read_rope(theirs) | {
         "attention_bias": bias,
         "output_bias": bias,
         "mlp_bias": bool(theirs.get("mlp_bias", False)),
     }
 
 
-def _window(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Qwen's window applies only when use_sliding_window says so."""
-    return {"sliding_window": theirs.get("sliding_window") if theirs.get("use_sliding_window") else None}
-
-
-_ROTARY = {"position": "rotary", "norm": "rmsnorm"}
-_LLAMA_BIASES = _NAMES | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+_ROTARY = {"position": "rotary", "norm": "rmsnorm", "moe": MoEConfig()}
+_LLAMA_BIASES = NAMES | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 _IGNORED = ("rotary_emb.inv_freq",)
 
 LLAMA = Family(
@@ -102,7 +74,7 @@ LLAMA = Family(
     fixed={"hidden_act": ("silu",), "pretraining_tp": (1,)},
     written={"hidden_act": "silu", "pretraining_tp": 1, "use_cache": True},
     derive=_biases,
-    spell=_spell_rope,
+    spell=spell_rope,
     rules=_RULES,
     ignored=_IGNORED,
     matches=lambda c: c.attention_bias == c.output_bias,
@@ -122,40 +94,40 @@ MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     architectures={"MistralForCausalLM": {}},
-    names=_NAMES | {"sliding_window": "sliding_window"},
+    names=NAMES | {"sliding_window": "sliding_window"},
     constants=_ROTARY
     | {"feedforward": "swiglu", "qk_norm": False, "attention_bias": False, "output_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 8,
               "max_position_embeddings": 131072, "sliding_window": 4096},
     fixed={"hidden_act": ("silu",)},
     written={"hidden_act": "silu", "use_cache": True},
-    derive=_rope_theta,
+    derive=read_rope,
+    matches=lambda c: len(set(c.windows)) == 1,
 )  # fmt: skip
 
 QWEN2 = replace(
     MISTRAL,
     model_type="qwen2",
     architectures={"Qwen2ForCausalLM": {}},
-    names=_NAMES,
+    names=NAMES,
     constants=_ROTARY
     | {"feedforward": "swiglu", "qk_norm": False, "attention_bias": True, "output_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768,
               "num_key_value_heads": 32},
-    fixed={"hidden_act": ("silu",), "use_sliding_window": (False,)},
-    written={"hidden_act": "silu", "use_cache": True, "use_sliding_window": False,
-             "sliding_window": None},
-    derive=lambda theirs: _rope_theta(theirs) | _window(theirs),
-    matches=lambda c: c.sliding_window is None and c.head_dim * c.num_attention_heads == c.hidden_size,
+    written={"hidden_act": "silu", "use_cache": True},
+    spell=lambda c: spell_rope(c) | spell_qwen_window(c),
+    derive=lambda theirs: read_rope(theirs) | read_qwen_window(theirs),
+    matches=lambda c: c.head_dim * c.num_attention_heads == c.hidden_size,
 )  # fmt: skip
 
 QWEN3 = replace(
     QWEN2,
     model_type="qwen3",
     architectures={"Qwen3ForCausalLM": {}},
-    names=_NAMES | {"attention_bias": "attention_bias"},
+    names=NAMES | {"attention_bias": "attention_bias"},
     constants=_ROTARY | {"feedforward": "swiglu", "qk_norm": True, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768,
               "num_key_value_heads": 32, "head_dim": 128},
-    derive=lambda theirs: _biases(theirs) | _window(theirs),
-    matches=lambda c: c.sliding_window is None and c.attention_bias == c.output_bias,
+    derive=lambda theirs: _biases(theirs) | read_qwen_window(theirs),
+    matches=lambda c: c.attention_bias == c.output_bias,
 )  # fmt: skip
