@@ -11,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zero2hero.config import DecoderConfig, MoEConfig
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
 from zero2hero.generate.decode import generate_tokens
-from zero2hero.generate.fast import PlainDecoder, PreparedDecoder, prepare
+from zero2hero.generate.fast import NativeStep, PlainDecoder, PreparedDecoder, prepare
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.language_model import LanguageModel, load, save
-from zero2hero.models.decoder import Decoder, DecoderConfig
+from zero2hero.models.decoder import Decoder
+from zero2hero.models.gemma import Gemma, GemmaConfig
 from zero2hero.nn.feedforward import ACTIVATIONS
 from zero2hero.tokenizer import Tokenizer
 
@@ -43,13 +45,32 @@ SHAPES = {
     "gpt2": GPT2,
     "sinusoidal": {"position": "sinusoidal"},
     "no positions": {"position": "none"},
+    "window of one layer": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}},
+    "geglu": {"feedforward": "geglu"},
+    "experts": {"moe": MoEConfig(4, 2)},
+    "gemma2": {
+        "norm": "rmsnorm_offset",
+        "feedforward": "geglu",
+        "post_norms": True,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.5,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     **{f"plain feed-forward, {name}": {"feedforward": name} for name in ACTIVATIONS},
 }
 
 
+OF_THEIR_OWN = ("experts", "gemma2")  # blocks that the fast forms do not know
+
+
 def random_model(seed: int = 0, **changes) -> Decoder:
     """Every weight random, large enough that the logits differ clearly."""
-    model = Decoder(dataclasses.replace(SMALL, **changes)).eval()
+    if "post_norms" in changes:
+        model: Decoder = Gemma(GemmaConfig(**{**vars(SMALL), **changes})).eval()
+    else:
+        model = Decoder(dataclasses.replace(SMALL, **changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -95,13 +116,24 @@ def test_prepared_model_equals_the_model(shape, ragged):
     positions = torch.tensor([[ids.shape[1]], [2], [1]]) if ragged else None
     caches = [model.make_cache(3, 20), model.make_cache(3, 20)]
     prepared = prepare(model)
-    assert isinstance(prepared, PreparedDecoder)
+    assert type(prepared) is (PlainDecoder if shape in OF_THEIR_OWN else PreparedDecoder)
     with torch.inference_mode():
         for part, at in ((ids, None), (ids[:, :1], positions)):
             expected = model(part, positions=at, cache=caches[0])
             got = prepared(model, part, caches[1], at)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(prepared.logits(got[:, -1]), model.logits(expected[:, -1]), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [SHAPES["window of one layer"], SHAPES["experts"], SHAPES["gemma2"], SHAPES["geglu"],
+     {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}],
+)  # fmt: skip
+def test_the_native_step_refuses_what_it_does_not_know(changes):
+    model = random_model(**changes)
+    assert not NativeStep.fits(model)
+    assert run(model, [[3, 1]], temperature=0, max_new_tokens=20)[0] == greedy_without_cache(model, [3, 1], 20)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "window"])

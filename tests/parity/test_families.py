@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zero2hero.config import DecoderConfig
+from zero2hero.config import DecoderConfig, MoEConfig
+from zero2hero.errors import UserError
 from zero2hero.models import Decoder, from_pretrained, save_pretrained
 from zero2hero.models.families import FAMILIES
+from zero2hero.models.gemma import Gemma, GemmaConfig
+from zero2hero.nn.moe import load_balancing_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -212,6 +215,11 @@ FRESH = {
     "qwen2": dataclasses.replace(SHAPE, attention_bias=True),
     "qwen3": dataclasses.replace(SHAPE, qk_norm=True, head_dim=10),
     "arcee": dataclasses.replace(SHAPE, feedforward="relu2"),
+    "qwen3 window": dataclasses.replace(SHAPE, qk_norm=True, sliding_window=4),
+    "mixtral": dataclasses.replace(SHAPE, moe=MoEConfig(3, 2)),
+    "qwen3_moe": dataclasses.replace(SHAPE, qk_norm=True, moe=MoEConfig(3, 2, 20, False, [1])),
+    "llama llama3": dataclasses.replace(SHAPE, head_dim=32, rope_scaling={"rope_type": "llama3", **LLAMA3}),
+    "gemma": GemmaConfig(**{**vars(SHAPE), "norm": "rmsnorm_offset", "feedforward": "geglu"}),
     "gpt2": dataclasses.replace(
         SHAPE, position="learned", norm="layernorm", feedforward="gelu_new", attention_bias=True, output_bias=True,
         mlp_bias=True,
@@ -221,7 +229,8 @@ FRESH = {
 
 @pytest.mark.parametrize("name", FRESH)
 def test_a_model_made_here_opens_there(name, tmp_path):
-    ours = Decoder(FRESH[name]).eval()
+    config = FRESH[name]
+    ours = (Gemma if isinstance(config, GemmaConfig) else Decoder)(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -230,6 +239,32 @@ def test_a_model_made_here_opens_there(name, tmp_path):
     theirs = reread(tmp_path)
     assert theirs.config.model_type == name.split()[0]
     same_logits(ours, theirs)
+
+
+def test_the_balancing_loss_is_theirs():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = [torch.randn(11, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for top_k in (1, 2, 5):
+        expected = load_balancing_loss_func(tuple(logits), 5, top_k)
+        torch.testing.assert_close(load_balancing_loss(logits, top_k), torch.as_tensor(expected))
+
+
+def test_dynamic_scaling_with_a_cache(tmp_path):
+    """Within the trained length nothing is scaled; a text that grows past it in a cache is refused, not garbled."""
+    reference("llama", LLAMA | scaled("dynamic", factor=3.0) | {"max_position_embeddings": 20}).save_pretrained(
+        tmp_path
+    )
+    model, x = from_pretrained(tmp_path), ids()
+    with torch.no_grad():
+        whole, longer = model(x[:, :20]), model(x)
+        assert not torch.allclose(longer[:, :20], whole, atol=1e-3)
+        assert torch.equal(model(x[:, :20]), whole)  # the short text's frequencies are back
+        cache = model.make_cache(3, 24)
+        parts = [model(part, cache=cache) for part in x[:, :20].split(7, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+        with pytest.raises(UserError, match="longer than 20 tokens is read as a whole"):
+            model(x[:, 20:], cache=cache)
 
 
 def test_null_and_absent_in_config(tmp_path):
