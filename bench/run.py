@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("startup", "training", "muon", "loss_head", "memory", "generation", "checkpoint", "shakespeare")
+BENCHMARKS = ("startup", "training", "muon", "loss_head", "memory", "generation", "checkpoint", "loading", "shakespeare")
 
 
 def main() -> int:

@@ -90,6 +90,18 @@ def generate(verb: str, words: list[str]) -> int:
     return 0
 
 
+def convert(verb: str, words: list[str]) -> int:
+    """Turn old weights (pytorch_model.bin, llama2.c) into an ordinary model directory."""
+    from zero2hero.config import ConvertConfig
+
+    examples = ["zero2hero convert old_model/ new_model/", "zero2hero convert stories15M.bin runs/stories15M"]
+    config = parse(verb, ConvertConfig, words, examples, positional=("source", "output_dir"))
+    from zero2hero.models.convert import convert as run
+
+    run(config)
+    return 0
+
+
 def tokenizer_train(verb: str, words: list[str]) -> int:
     """Train a tokenizer on text and save it."""
     from zero2hero.config import TokenizerTrainConfig
@@ -154,6 +166,7 @@ VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
         "quickstart": quickstart,
         "pretrain": pretrain,
         "generate": generate,
+        "convert": convert,
         "tokenizer train": tokenizer_train,
         "tokenizer encode": tokenizer_encode,
         "plan lr": plan_lr,

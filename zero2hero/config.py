@@ -359,6 +359,14 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """`zero2hero convert IN OUT`."""
+
+    source: str  # a folder with pytorch_model.bin, or a llama2.c file
+    output_dir: str  # the folder to write
+
+
+@dataclass(frozen=True)
 class TokenizerTrainConfig:
     """`zero2hero tokenizer train`."""
 

@@ -28,7 +28,7 @@ from zero2hero.generate.decode import generate_tokens
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.generate.text_stream import TextStream
 from zero2hero.io import atomic_write, fsync_path, saving
-from zero2hero.models.checkpoint import INDEX, from_pretrained, read_json, save_pretrained
+from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other_weights, save_pretrained
 from zero2hero.models.decoder import Decoder, DecoderConfig
 from zero2hero.tokenizer import Tokenizer
 
@@ -235,9 +235,10 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
             atomic_write(staged / "generation_config.json", json.dumps(_generation_config(lm), indent=2) + "\n")
             if not (directory / "README.md").exists():
                 atomic_write(staged / "README.md", model_card(lm, directory.resolve().name))
-            for file in sorted(staged.iterdir()):
+            files = sorted(staged.iterdir())
+            for file in files:
                 os.replace(file, directory / file.name)
-            (directory / INDEX).unlink(missing_ok=True)  # of an earlier, sharded model: its weights are replaced
+            remove_other_weights(directory, {file.name for file in files})
             fsync_path(directory)
         finally:
             shutil.rmtree(staged, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 COMMON = {"vocab_size": 61, "max_position_embeddings": 64}
 LLAMA = COMMON | {
     "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -320,23 +318,3 @@ def test_weights_in_memory_are_not_the_file(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == stored
     save_pretrained(model, tmp_path)  # over the very file that is mapped
     assert all(not p.any() for p in from_pretrained(tmp_path).parameters())
-
-
-@pytest.mark.skipif(not (DATA / "tinystories656k").is_dir(), reason="the shared test data are not here")
-def test_real_weights_give_the_recorded_likelihood():
-    from zero2hero.tokenizer import Tokenizer
-
-    expected = json.loads((DATA / "reference_outputs.json").read_text())["tinystories656k"]
-    text = (DATA / "tinystories" / "tinystories_train_head.txt").read_text()[:1500]
-    folder = DATA / "tinystories656k"
-    model, tokenizer = from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    encoded = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-    assert len(encoded) == expected["n_tokens"]
-    x = torch.tensor([encoded])
-    with torch.no_grad():
-        logits = model.logits(model(x))[0, :-1].double()
-    nll = float(torch.nn.functional.cross_entropy(logits, x[0, 1:]))
-    assert nll == pytest.approx(expected["mean_nll"], abs=1e-5)
-    assert math.exp(nll) == pytest.approx(expected["ppl"], rel=1e-5)
-    assert sum(p.numel() for p in model.parameters()) == expected["n_params"]
-    same_logits(model, transformers.AutoModelForCausalLM.from_pretrained(folder).eval())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zero2hero.cli import main
 from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError
 from zero2hero.models import Decoder, from_pretrained, init_weights, save_pretrained
@@ -338,6 +339,83 @@ def test_save_and_load_is_the_identity(tmp_path):
     again = from_pretrained(tmp_path / "deep" / "down")
     assert {p.name for p in (tmp_path / "deep" / "down").iterdir()} == {WEIGHTS, CONFIG}
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_large_model_is_written_in_parts(tmp_path):
+    model = made()
+    save_pretrained(model, tmp_path)
+    save_pretrained(model, tmp_path, max_shard_size=8000)
+    names = {p.name for p in tmp_path.iterdir()}
+    shards = names - {CONFIG, INDEX}
+    assert INDEX in names
+    assert WEIGHTS not in names
+    assert 2 < len(shards) < 8
+    assert all(os.path.getsize(tmp_path / name) < 8000 + 2000 for name in shards)
+    again = from_pretrained(tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    save_pretrained(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+
+
+# --- old weights --------------------------------------------------------------------------------------------
+
+
+def old_model(folder: Path, parts: int = 1) -> Decoder:
+    """A folder as it was written before safetensors."""
+    model = made()
+    save_pretrained(model, folder)
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    if parts == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return model
+    weight_map = {key: f"pytorch_model-{i % parts + 1:05}-of-{parts:05}.bin" for i, key in enumerate(tensors)}
+    for name in set(weight_map.values()):
+        torch.save({key: t for key, t in tensors.items() if weight_map[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return model
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_convert(tmp_path, parts, capsys):
+    model = old_model(tmp_path / "old", parts)
+    refused(tmp_path / "old", "old pickle format", "zero2hero convert")
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    again = from_pretrained(tmp_path / "new")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {CONFIG, WEIGHTS, "tokenizer.json"}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+def test_convert_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old_model(tmp_path / "old")
+    for content in ({"model.norm.weight": Evil()}, Evil(), [torch.zeros(1)], {"model.norm.weight": 3}):
+        torch.save(content, tmp_path / "old" / "pytorch_model.bin")
+        assert main(["convert", "old", "new"]) == 2
+        assert "pytorch_model.bin" in capsys.readouterr().err
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"nonsense")
+    assert main(["convert", "old", "new"]) == 2
+    assert "damaged or holds more than tensors" in capsys.readouterr().err
+    assert main(["convert", "nowhere", "new"]) == 2
+    assert not (tmp_path / "evil-was-here").exists()
+    assert not list((tmp_path / "new").iterdir()) if (tmp_path / "new").exists() else True
+
+
+def test_convert_is_strict(tmp_path, capsys):
+    old_model(tmp_path / "old")
+    tensors = torch.load(tmp_path / "old" / "pytorch_model.bin", weights_only=True)
+    tensors.pop(QUERY)
+    torch.save(tensors, tmp_path / "old" / "pytorch_model.bin")
+    assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 2
+    assert QUERY in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_old_model(saved):

@@ -51,7 +51,10 @@ def faults(module: ast.Module) -> list[str]:
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
             keywords = {k.arg: k.value for k in node.keywords}
-            if name in NEVER_CALLED:
+            restricted = keywords.pop("weights_only", None) if name == "torch.load" else None
+            if isinstance(restricted, ast.Constant) and restricted.value is True:
+                found.append("torch.load(weights_only=True)")
+            elif name in NEVER_CALLED:
                 found.append(f"{line}: {name}()")
             pickles = keywords.get("allow_pickle")
             refused = isinstance(pickles, ast.Constant) and pickles.value is False
@@ -67,15 +70,21 @@ def faults(module: ast.Module) -> list[str]:
     return found
 
 
+# the one place where old weights are opened, when a person asks for it, by torch's restricted reader
+ALLOWED = {"zero2hero.models.convert": ["torch.load(weights_only=True)"]}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_runs_code_from_a_file(name):
-    assert faults(tree(name)) == []
+    assert faults(tree(name)) == ALLOWED.get(name, [])
 
 
 @pytest.mark.parametrize(
     "code",
     [
-        "import pickle", "from pickle import loads", "import torch; torch.load('x')", "eval('1')", "exec(s)",
+        "import pickle", "from pickle import loads", "import torch; torch.load('x')",
+        "torch.load('x', weights_only=False)", "torch.load('x', weights_only=w)", "torch.load('x', weights_only=True)",
+        "eval('1')", "exec(s)",
         "import yaml; yaml.load(s)", "np.load(p)", "np.load(p, allow_pickle=True)", "f(trust_remote_code=True)",
         "subprocess.run(c, shell=True)", "x = {'trust_remote_code': True}", "from transformers import AutoModel",
         "from jinja2 import Template",

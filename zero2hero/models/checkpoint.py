@@ -171,7 +171,11 @@ class _open_weights:
                 file = self.stack.enter_context(safe_open(str(path), framework="pt"))
             except FileNotFoundError:
                 old = next(self.directory.glob("*.bin"), None)
-                hint = f" ({old.name} is in the old pickle format, which can run code: convert it first)" if old else ""
+                hint = ""
+                if old:
+                    hint = (
+                        f" ({old.name} is in the old pickle format, which can run code; `zero2hero convert` opens it)"
+                    )
                 raise UserError(f"{self.directory} has no {name}{hint}") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
@@ -221,15 +225,25 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         fsync_path(path.parent)
 
 
-def save_pretrained(model: nn.Module, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    state: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Write config.json and model.safetensors, which transformers 4.57 and 5 read.
 
-    `model` has a `config` that one of the families can write. `state`: parameters to write instead of the model's
-    own (fp32 masters of a bf16 model, say).
+    Args:
+        model: has a `config` that one of the families can write.
+        directory: where to; the weights of another model there are replaced.
+        state: parameters to write instead of the model's own (fp32 masters of a bf16 model, say).
+        max_shard_size: bytes, or a text such as "5GB"; a larger model becomes several files and an index.
 
     Raises:
         UserError: no published architecture fits, or the directory cannot be written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     directory = Path(directory)
     config: Any = model.config
     family = family_to_write(config)
@@ -239,5 +253,20 @@ def save_pretrained(model: nn.Module, directory: str | Path, state: dict[str, Te
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     for each in (content, *(content[key] for key in family.parts)):
         each |= {"torch_dtype": dtype, "dtype": dtype}
-    save_tensors(directory / SINGLE, tensors)
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        save_tensors(directory / name, {key: tensors[key] for key in keys})
     atomic_write(directory / "config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        atomic_write(directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    remove_other_weights(directory, {*plan.filename_to_tensors, *([INDEX] if plan.is_sharded else [])})
+
+
+def remove_other_weights(directory: Path, kept: set[str]) -> None:
+    """Remove the weights of an earlier model: its index first, for that is what a loader goes by."""
+    for path in [directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
