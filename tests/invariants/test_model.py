@@ -448,7 +448,7 @@ def naive_mixture(module: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
     out = torch.zeros_like(x)
     for n, row in enumerate(x):
         p = module.gate(row).softmax(-1)
-        best = sorted(range(len(p)), key=lambda e: -float(p[e]))[: module.top_k]
+        best = sorted(range(len(p)), key=lambda e: -float(p[e].detach()))[: module.top_k]
         total = sum(p[e] for e in best) if module.normalize else 1.0
         for e in best:
             out[n] = out[n] + p[e] / total * module.experts[e](row[None])[0]

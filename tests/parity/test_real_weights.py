@@ -58,7 +58,11 @@ def test_tinystories656k(shared_data, expected):
     assert nll == pytest.approx(record["mean_nll"], abs=1e-5)
     assert math.exp(nll) == pytest.approx(record["ppl"], rel=1e-5)
     assert sum(p.numel() for p in model.parameters()) == record["n_params"]
-    assert greedy(model, record["greedy_ids"][:1], len(record["greedy_ids"])) == record["greedy_ids"]
+    prompt = record["prompt_ids"]
+    with torch.no_grad():
+        last = model.logits(model(torch.tensor([prompt])))[0, -1]
+    assert last[:8].tolist() == pytest.approx(record["logits_last_first8"], abs=1e-4)
+    assert greedy(model, prompt, len(record["greedy_ids"])) == record["greedy_ids"]
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     x = torch.tensor([ids])
@@ -80,7 +84,7 @@ def test_stories260k(stories260k, shared_data, expected):
     assert greedy(stories260k, ids[:1], len(ids)) == ids
     sentencepiece = pytest.importorskip("sentencepiece")
     tokenizer = sentencepiece.SentencePieceProcessor(str(shared_data / "stories260K" / "tok512.model"))
-    text = [1, *tokenizer.encode(story(shared_data))]
+    text = [1, *tokenizer.encode(story(shared_data))][:512]  # the context
     assert len(text) == record["n_tokens"]
     assert mean_nll(stories260k, text) == pytest.approx(record["mean_nll"], abs=1e-5)
 

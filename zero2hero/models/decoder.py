@@ -39,14 +39,14 @@ from zero2hero.nn.positions import Rotary, sinusoidal_table
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + feedforward(norm(x)); by default those of the configuration."""
 
-    def __init__(self, c: DecoderConfig, attention: Attention, mlp: nn.Module) -> None:
+    def __init__(self, c: DecoderConfig, attention: Attention | None = None, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.input_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
-        self.self_attn = attention
+        self.self_attn = attention or Attention(**attention_options(c))
         self.post_attention_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
-        self.mlp = mlp
+        self.mlp = mlp or FeedForward(c.hidden_size, c.intermediate_size, c.feedforward, c.mlp_bias)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Mask, rotation, cache: KVCache | None, layer: int, slots) -> Tensor:
@@ -61,16 +61,6 @@ def attention_options(c: DecoderConfig) -> dict[str, Any]:
         "head_dim": c.head_dim, "bias": c.attention_bias, "output_bias": c.output_bias,
         "qk_norm_eps": c.norm_eps if c.qk_norm else None, "dropout": c.dropout,
     }  # fmt: skip
-
-
-def make_mlp(c: DecoderConfig, layer: int) -> nn.Module:
-    """The feed-forward of a layer, or its experts."""
-    if not c.moe.num_experts or layer in c.moe.dense_layers:
-        return FeedForward(c.hidden_size, c.intermediate_size, c.feedforward, c.mlp_bias)
-    m = c.moe
-    return MixtureOfExperts(
-        c.hidden_size, m.intermediate_size, c.feedforward, m.num_experts, m.num_experts_per_tok, m.norm_topk_prob
-    )
 
 
 class Decoder(nn.Module):
@@ -97,7 +87,12 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def make_block(self, c: DecoderConfig, layer: int) -> Block:
-        return Block(c, Attention(**attention_options(c)), make_mlp(c, layer))
+        """One layer; variants of the decoder make another kind."""
+        m = c.moe
+        if not m.num_experts or layer in m.dense_layers:
+            return Block(c)
+        experts = m.intermediate_size, c.feedforward, m.num_experts, m.num_experts_per_tok, m.norm_topk_prob
+        return Block(c, mlp=MixtureOfExperts(c.hidden_size, *experts))
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError
-from zero2hero.models.decoder import Block, Decoder, attention_options, make_mlp
+from zero2hero.models.decoder import Block, Decoder, attention_options
 from zero2hero.nn.attention import Attention
 from zero2hero.nn.kv_cache import KVCache
 from zero2hero.nn.masks import Mask
@@ -70,8 +70,8 @@ class GemmaAttention(Attention):
 class GemmaBlock(Block):
     """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x)))."""
 
-    def __init__(self, c: GemmaConfig, attention: Attention, mlp: nn.Module) -> None:
-        super().__init__(c, attention, mlp)
+    def __init__(self, c: GemmaConfig, attention: Attention) -> None:
+        super().__init__(c, attention)
         self.pre_feedforward_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
         self.post_feedforward_layernorm = make_norm(c.norm, c.hidden_size, c.norm_eps)
 
@@ -94,7 +94,7 @@ class Gemma(Decoder):
 
     def make_block(self, c: DecoderConfig, layer: int) -> Block:
         assert isinstance(c, GemmaConfig)
-        return (GemmaBlock if c.post_norms else Block)(c, GemmaAttention(c), make_mlp(c, layer))
+        return (GemmaBlock if c.post_norms else Block)(c, GemmaAttention(c))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return softcap(self.lm_head(hidden), self.config.final_logit_softcapping)

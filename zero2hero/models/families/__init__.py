@@ -16,9 +16,7 @@ from zero2hero.models.families.t5 import T5
 from zero2hero.models.families.vit import VIT
 
 _DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, MIXTRAL, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3)
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*_DECODERS, BERT, ROBERTA, T5, VIT)
-}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_DECODERS, BERT, ROBERTA, T5, VIT)}
 
 # What can be written, for those who put a shape together themselves.
 _COMBINATIONS = {
