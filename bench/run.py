@@ -10,7 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("startup", "training", "muon", "loss_head", "memory", "generation", "checkpoint", "loading", "shakespeare")
+BENCHMARKS = (
+    "startup",
+    "training",
+    "muon",
+    "loss_head",
+    "memory",
+    "generation",
+    "checkpoint",
+    "loading",
+    "shakespeare",
+)
 
 
 def main() -> int:
