@@ -327,7 +327,7 @@ class QuickstartConfig:
 
     output_dir: str = "runs/quickstart"
     stories: int = 40_000  # built-in stories to learn from
-    steps: int = 1100  # optimizer steps
+    steps: int = 1120  # optimizer steps
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"

@@ -31,7 +31,7 @@ def settings(config: QuickstartConfig) -> PretrainConfig:
         output_dir=config.output_dir,
         precision=config.precision,
         device=config.device,
-        tokenizer=TokenizerConfig(vocab_size=2048),
+        tokenizer=TokenizerConfig(vocab_size=3072),
         model=DecoderConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, qk_norm=True),
         train=TrainConfig(
             max_steps=config.steps,
