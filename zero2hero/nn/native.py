@@ -57,11 +57,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _openmp_of_torch() -> str | None:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    return None
+    """The OpenMP library that torch brought; other packages may have brought theirs into the process as well."""
+    paths = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    found = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")))
+    own = [path for path in found if Path(torch.__file__).parent in Path(path).parents]
+    return next(iter(own + found), None)
 
 
 def _run(kernel: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
