@@ -180,6 +180,49 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+# What makes a `VisionConfig` the image model of CLIP, and of SigLIP.
+CLIP_TOWER: dict[str, Any] = {"task": "none", "first_norm": True, "patch_bias": False}
+SIGLIP_TOWER: dict[str, Any] = {"task": "attention", "class_token": False}
+
+
+def text_tower(**settings: Any) -> DecoderConfig:
+    """The shape of an `VisionTextConfig`'s text model: that of GPT-2."""
+    kind: dict[str, Any] = {"position": "learned", "norm": "layernorm", "feedforward": "gelu_new"}
+    biases = {"attention_bias": True, "output_bias": True, "mlp_bias": True}
+    return DecoderConfig(**kind | biases | settings)
+
+
+@dataclass(frozen=True)
+class VisionTextConfig:
+    """A text model and an image model whose vectors are compared (models/vision_text.py)."""
+
+    text_config: DecoderConfig = field(default_factory=text_tower)
+    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig(**CLIP_TOWER))
+    loss: str = "softmax"  # softmax: which of these texts (CLIP); sigmoid: yes or no for each (SigLIP)
+    projection_dim: int = 128  # width of the vectors that are compared
+    model_type: str | None = field(default=None, metadata=NO_OPTION)
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "projection_dim")
+        _one_of(self, "loss", ("softmax", "sigmoid"))
+        if self.loss == "sigmoid" and self.projection_dim != self.vision_config.hidden_size:
+            raise UserError(
+                f"projection_dim {self.projection_dim} should be the image model's hidden_size, "
+                f"{self.vision_config.hidden_size}: with the sigmoid loss its vectors are compared as they are"
+            )
+
+    def derived(self) -> VisionTextConfig:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        return dataclasses.replace(
+            self, text_config=self.text_config.derived(), vision_config=self.vision_config.derived()
+        )
+
+    @property
+    def initializer_range(self) -> float:
+        return self.text_config.initializer_range
+
+
 def _check_labels(id2label: dict[int, str]) -> None:
     if sorted(id2label) != list(range(len(id2label))):
         raise UserError(f"id2label names the labels 0, 1, 2, ..., not {sorted(id2label)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from zero2hero.config import DecoderConfig
-from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig, VisionConfig
+from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig, VisionConfig, VisionTextConfig
 from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.models.encoder_decoder import EncoderDecoder
 from zero2hero.models.vision import VisionTransformer
+from zero2hero.models.vision_text import VisionText
 
 __all__ = [
     "Decoder",
@@ -18,6 +19,8 @@ __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "VisionConfig",
+    "VisionText",
+    "VisionTextConfig",
     "VisionTransformer",
     "from_pretrained",
     "init_weights",

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zero2hero.nn.logprobs import IGNORE, nll_sum
@@ -61,3 +64,46 @@ def seq2seq_lm(model: nn.Module, batch: Any) -> Loss:
     hidden = model(batch.ids_BS, batch.decoder_ids_BT, attention_mask=batch.attention_mask_BS)
     total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
     return Loss(total, count)
+
+
+def softmax_contrastive(model: nn.Module, batch: Any) -> Loss:
+    """Which of the texts belongs to an image, and which image to a text (CLIP; Radford et al. 2021): nats per pair.
+
+    `batch`: ids_BT and pixels_BCHW, row by row a pair. The texts and images to choose from are those of all ranks, so
+    the loss depends on what is in a batch together: micro-batches are not parts of one sum.
+    """
+    texts, images = model(batch.ids_BT, batch.pixels_BCHW)
+    logits: Any = model.logits
+    (all_texts, all_images), own = _of_all_ranks(texts, images)
+    per_image, per_text = logits(all_texts, images), logits(texts, all_images).t()
+    total = (F.cross_entropy(per_image, own, reduction="sum") + F.cross_entropy(per_text, own, reduction="sum")) / 2
+    return Loss(total, _count(own), {"accuracy": (per_image.argmax(-1) == own).sum()})
+
+
+def sigmoid_contrastive(model: nn.Module, batch: Any) -> Loss:
+    """Does this text belong to this image, for each of the pairs (SigLIP; Zhai et al. 2023): nats per image.
+
+    `batch`: as `softmax_contrastive`'s.
+    """
+    texts, images = model(batch.ids_BT, batch.pixels_BCHW)
+    logits: Any = model.logits
+    (all_texts, _), own = _of_all_ranks(texts, images)
+    per_image = logits(all_texts, images)
+    belongs = F.one_hot(own, per_image.shape[1]).to(per_image.dtype)
+    total = F.binary_cross_entropy_with_logits(per_image, belongs, reduction="sum")
+    return Loss(total, _count(own), {"accuracy": (per_image.argmax(-1) == own).sum()})
+
+
+def _of_all_ranks(*features: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Each [B, P] of all ranks together, [ranks * B, P], gradients included; and the numbers [B] of one's own rows."""
+    count, first = len(features[0]), 0
+    gathered = list(features)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.nn.functional import all_gather
+
+        gathered, first = [torch.cat(all_gather(x.contiguous())) for x in features], dist.get_rank() * count
+    return gathered, torch.arange(first, first + count, device=features[0].device)
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(float(len(rows)), device=rows.device)

@@ -156,7 +156,7 @@ class Family:
 
     def of_file(self, theirs: Mapping[str, Any]) -> Family:
         """This family with the one family of each part that the contents of config.json name."""
-        parts = {key: part.of_file(_nested(theirs, key)) for key, part in self.parts.items()}
+        parts = {key: part.of_file(nested_config(theirs, key)) for key, part in self.parts.items()}
         ignored = {ending for part in parts.values() for ending in part.families[0].ignored}
         return replace(self, parts=parts, ignored=(*self.ignored, *sorted(ignored)))
 
@@ -182,7 +182,7 @@ class Family:
             if key in given:
                 ours[name] = given[key]
         for key, part in self.parts.items():
-            ours[key] = part.families[0].read_config(_nested(theirs, key))
+            ours[key] = part.families[0].read_config(nested_config(theirs, key))
         missing = [self.names.get(name, name) for name in self.required if name not in ours]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}, which {self.model_type} needs")
@@ -240,7 +240,7 @@ class Family:
         return stored
 
 
-def _nested(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def nested_config(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A nested configuration. Old files of CLIP have a second one, under another key, which counts."""
     content = theirs.get(f"{key}_dict") or theirs.get(key) or {}
     if not isinstance(content, Mapping):

@@ -19,11 +19,11 @@ _SHAPE = {
         "image_size",
         "patch_size",
         "num_channels",
-        "initializer_range",
     )
 } | {"norm_eps": "layer_norm_eps"}
+_STD = {"initializer_range": "initializer_range"}
 _DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-             "image_size": 224, "num_channels": 3, "initializer_range": 0.02}  # fmt: skip
+             "image_size": 224, "num_channels": 3}  # fmt: skip
 
 
 def _vit_layer(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -35,7 +35,7 @@ VIT = HeadedFamily(
     architectures={"ViTForImageClassification": {"task": "image_classification"}, "ViTModel": {"task": "features"}},
     config_class=VisionConfig,
     build=VisionTransformer,
-    names=_SHAPE | {"attention_bias": "qkv_bias", "feedforward": "hidden_act", "dropout": "hidden_dropout_prob"},
+    names=_SHAPE | _STD | {"attention_bias": "qkv_bias", "feedforward": "hidden_act", "dropout": "hidden_dropout_prob"},
     constants={"class_token": True, "patch_bias": True, "first_norm": False},
     required=(),
     defaults=_DEFAULTS | {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True},
@@ -81,6 +81,7 @@ def tower_layers(theirs: str) -> tuple[Rule, ...]:
 
 # What transformers calls GELU's tanh approximation in SigLIP, and where it gives the name in GPT-2.
 _TANH, _OURS = "gelu_pytorch_tanh", "gelu_new"
+SIGLIP_ACTIVATIONS = (_TANH, *PLAIN_ACTIVATIONS)
 
 
 def read_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +97,7 @@ CLIP_VISION = Family(
     architectures={"CLIPVisionModel": {}, "CLIPVisionModelWithProjection": {}},
     config_class=VisionConfig,
     build=VisionTransformer,
-    names=_SHAPE | {"feedforward": "hidden_act", "dropout": "attention_dropout"},
+    names=_SHAPE | _STD | {"feedforward": "hidden_act", "dropout": "attention_dropout"},
     constants={"class_token": True, "patch_bias": False, "first_norm": True, "attention_bias": True, "task": "none"},
     required=(),
     defaults=_DEFAULTS | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
@@ -121,7 +122,7 @@ SIGLIP_VISION = Family(
     constants={"class_token": False, "patch_bias": True, "first_norm": False, "attention_bias": True},
     required=(),
     defaults=_DEFAULTS | {"patch_size": 16, "hidden_act": _TANH, "layer_norm_eps": 1e-6},
-    fixed={"hidden_act": (_TANH, *PLAIN_ACTIVATIONS)},
+    fixed={"hidden_act": SIGLIP_ACTIVATIONS},
     derive=lambda theirs: read_activation(theirs)
     | {"task": "attention" if theirs.get("vision_use_head", True) else "none"},
     spell=lambda c: spell_activation(c) | {"vision_use_head": c.task == "attention"},
