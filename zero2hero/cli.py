@@ -9,6 +9,7 @@ or 143, after saving.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = _find_verb(words)
         return VERBS[verb][1](verb, words[len(verb.split()) :]) or 0
     except UserError as error:
-        print(f"zero2hero: {error}", file=sys.stderr)
+        print(f"{_name()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -42,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(Exception):
             sys.stdout.close()
         return 0
+
+
+def _name() -> str:
+    """What an error's line begins with; of several processes (torchrun), which one."""
+    rank = os.environ.get("RANK", "0")
+    return "zero2hero" if rank == "0" else f"zero2hero, rank {rank}"
 
 
 # --- verbs ---------------------------------------------------------------------------------------------------

@@ -220,6 +220,10 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Keep each block's input only and compute the block again on the way back: far less memory, a third slower."""
     activation_offload: bool = False  # those inputs wait in the CPU's memory; needs gradient_checkpointing and a GPU
+    fsdp: bool = False  # of several ranks each keeps a part of every weight, gradient and moment
+    tp_size: int = 1  # ranks that divide the heads and the feed-forward of each layer among them
+    torch_compile: bool = False  # compile each block; a minute at first, for what a GPU then gains
+    ddp_timeout: int = 1800  # seconds that a rank waits for the others before it gives up
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -231,6 +235,8 @@ class TrainConfig:
             "max_length",
             "logging_steps",
             "keep_last",
+            "tp_size",
+            "ddp_timeout",
         )
         _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
                   "keep_best", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate",
@@ -442,7 +448,10 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 # What a run may change when it is resumed: it does not change what is learned (and new bad records are new data).
 MAY_CHANGE = {"resume", "output_dir", "report_to", "on_bad_record", "prompts", "logging_steps", "save_steps",
-              "sample_steps", "keep_last", "keep_best", "on_bad_loss"}  # fmt: skip
+              "sample_steps", "keep_last", "keep_best", "on_bad_loss",
+              # how a step's rows are divided; how many they are is checked by itself
+              "per_device_train_batch_size", "gradient_accumulation_steps", "device", "fsdp", "tp_size",
+              "torch_compile", "ddp_timeout"}  # fmt: skip
 
 
 def fingerprint(config: Any) -> str:

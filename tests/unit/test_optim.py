@@ -235,7 +235,7 @@ def test_states_survive_a_checkpoint(optim, tmp_path):
     save_checkpoint(folder, parameters, optimizers, {}, step=3, eval_loss=None, made_with={})
     parameters = {name: torch.zeros_like(p).requires_grad_() for name, p in parameters.items()}
     fresh = make_optimizers(parameters, TrainConfig(optim=optim))
-    read_checkpoint(folder, {}).restore(parameters, fresh)
+    read_checkpoint(folder, {}, parameters, fresh).restore(parameters, fresh)
     for step in range(3, 6):
         for p, gradient in zip(parameters.values(), gradients(step)):
             p.grad = gradient

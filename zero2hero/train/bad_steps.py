@@ -31,7 +31,7 @@ def handle(trainer: Trainer, batches: list[Any], loss: float, norm: float) -> No
     state, choice = trainer.state, trainer.config.on_bad_loss
     words = f"step {state.step + 1}: the loss is {loss} and its gradient norm {norm}; nothing was updated."
     words += _record(trainer, batches, loss, norm)
-    last = next(good_checkpoints(trainer.output_dir), None) if trainer.output_dir else None
+    last = trainer.from_main(lambda folder: next(good_checkpoints(folder), None))
     too_often = choice != "stop" and state.bad_steps == MAX_BAD_STEPS
     if choice == "stop" or too_often or (choice == "rollback" and last is None):
         often = f" That is {MAX_BAD_STEPS + 1} times in this run." if too_often else ""
@@ -73,6 +73,7 @@ def _record(trainer: Trainer, batches: list[Any], loss: float, norm: float) -> s
         for part, batch in zip(trainer.micro_batch_losses, batches)
     ]
     content = {"step": number, "loss": str(loss), "grad_norm": str(norm), "micro_batches": parts}
-    path = trainer.output_dir / f"bad_step-{number:06d}.json"
+    rank = f"-rank{trainer.ranks.rank}" if trainer.ranks.size > 1 else ""
+    path = trainer.output_dir / f"bad_step-{number:06d}{rank}.json"
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return f" Its records are in {path}."

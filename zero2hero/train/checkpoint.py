@@ -3,7 +3,7 @@
     checkpoints/
         LATEST                     the name of the newest: step-000200
         step-000200/
-            model.safetensors      fp32 master weights, under our own names
+            model.safetensors      fp32 master weights, under our own names (a divided model: see sharded_checkpoint.py)
             optimizer.safetensors  the optimizers' moments
             optimizer.json         their settings
             state.safetensors      random states; tensors that the data and the watchers must remember
@@ -44,6 +44,9 @@ from torch import Tensor
 
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_directory, atomic_write, saving
+from zero2hero.train import sharded_checkpoint
+from zero2hero.train.parallel import ALONE, Ranks
+from zero2hero.train.sharding import as_part, as_whole
 
 FORMAT = 2  # raise when the files above change
 MANIFEST, LATEST = "MANIFEST.json", "LATEST"
@@ -60,21 +63,30 @@ def folder_of(output_dir: str | Path, step: int) -> Path:
 
 
 @contextlib.contextmanager
-def publishing(folder: Path, **about: Any) -> Iterator[Path]:
+def publishing(folder: Path, ranks: Ranks = ALONE, **about: Any) -> Iterator[Path]:
     """Yield a temporary folder to fill; then it gets its manifest, becomes `folder`, and LATEST names it.
 
-    `about`: JSON values for the manifest, such as step, eval_loss and made_with.
+    Every rank must come here, and all get the same folder. `about`: JSON values for the manifest, such as step,
+    eval_loss and made_with.
 
     Raises:
         UserError: the disk is full or read-only; earlier folders are untouched.
     """
+    if not ranks.is_main:
+        yield Path(ranks.gather(None)[0])
+        ranks.barrier()  # all has been written
+        ranks.barrier()  # it has been published
+        return
     with atomic_directory(folder) as temporary:
+        ranks.gather(str(temporary.resolve()))
         yield temporary
+        ranks.barrier()
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         described = {path.relative_to(temporary).as_posix(): _describe(path) for path in files}
         manifest = {"format": FORMAT, **about, "files": described}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     atomic_write(folder.parent / LATEST, folder.name + "\n")
+    ranks.barrier()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -212,15 +224,17 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, weights: Mapping[str, Tensor], optimizers: Optimizers, state: dict[str, Any], **about: Any
-) -> None:
-    """Write one checkpoint.
+    folder: Path, weights: Mapping[str, Tensor], optimizers: Optimizers, state: dict[str, Any], ranks: Ranks = ALONE,
+    **about: Any,
+) -> None:  # fmt: skip
+    """Write one checkpoint; every rank must call it.
 
     Args:
         folder: where; see `folder_of`.
         weights: the fp32 parameters that the optimizers own.
         optimizers: their states are kept as `state_dict` gives them.
         state: the rest, nested dictionaries (with texts as keys) and lists of tensors and JSON values.
+        ranks: those that hold parts of the tensors, or the same.
         **about: for the manifest, see `publishing`.
 
     Raises:
@@ -228,18 +242,26 @@ def save_checkpoint(
     """
     states = []
     for optimizer in optimizers:
-        found = optimizer.state_dict()
-        states.append(found | {"state": {str(parameter): values for parameter, values in found["state"].items()}})
-    with publishing(folder, **about) as temporary:
-        write_tensors(temporary / "model.safetensors", weights)
-        write_tree(temporary, "optimizer", states)
-        write_tree(temporary, "state", {"random": random_state(), "state": state})
+        found, parameters = optimizer.state_dict(), parameters_of(optimizer)
+        moments = {}
+        for i, values in found["state"].items():
+            moments[str(i)] = as_wholes(values, dict.fromkeys(values, parameters[i]))
+        states.append(found | {"state": moments})
+    with publishing(folder, ranks, **about) as temporary:
+        write_named(temporary, "model", as_wholes(weights, weights), ranks)
+        write_tree(temporary, "optimizer", states, ranks)
+        write_tree(temporary, "state", {"random": random_state(), "state": as_wholes(state, weights)}, ranks)
 
 
-def read_checkpoint(folder: Path, made_with: Mapping[str, str]) -> Checkpoint:
-    """All that `save_checkpoint` wrote; the folder has been verified.
+def read_checkpoint(
+    folder: Path, made_with: Mapping[str, str], weights: Mapping[str, Tensor], optimizers: Optimizers
+) -> Checkpoint:
+    """All that `save_checkpoint` wrote, or this rank's parts of it; the folder has been verified.
 
-    `made_with`: what this run is made with, by name (settings, tokenizer, data), as hashes.
+    Args:
+        folder: where.
+        made_with: what this run is made with, by name (settings, tokenizer, data), as hashes.
+        weights, optimizers: those that it is for; they say how tensors are divided.
 
     Raises:
         UserError: the checkpoint was made with something else, or holds something else than it should.
@@ -252,17 +274,17 @@ def read_checkpoint(folder: Path, made_with: Mapping[str, str]) -> Checkpoint:
                 f"{folder} was made with other {' and '.join(changed)} than this run has now. --resume continues a "
                 "run as it began: put back what was changed, or start a new run in another --output_dir."
             )
-        state = read_tree(folder, "state")
-        optimizers = read_tree(folder, "optimizer")
-        return Checkpoint(folder, read_weights(folder), optimizers, state["random"], state["state"])
+        state = read_tree(folder, "state", weights)
+        moments = read_tree(folder, "optimizer", parameters_by_place(optimizers))
+        return Checkpoint(folder, read_weights(folder, weights), moments, state["random"], state["state"])
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a checkpoint that can be read: {type(error).__name__}: {error}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+def read_weights(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return read_tensors(folder, "model", weights)
 
 
 def check_weights(folder: Path, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -289,12 +311,23 @@ def _sizes(groups: list[dict[str, Any]]) -> list[int]:
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     states = {int(parameter): values for parameter, values in saved["state"].items()}
     optimizer.load_state_dict({"state": states, "param_groups": saved["param_groups"]})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     for index, values in states.items():
         ours = optimizer.state[parameters[index]]
         for name, value in values.items():  # torch turns all but `step` to the parameter's dtype: not so 8-bit moments
             if isinstance(value, Tensor) and ours[name].dtype != value.dtype:
                 ours[name] = value.to(ours[name].device)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order in which a state dictionary numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameters_by_place(optimizers: Optimizers) -> dict[str, Tensor]:
+    """The parameter whose state stands at `<optimizer>.state.<parameter>` of the tree."""
+    lists = [parameters_of(optimizer) for optimizer in optimizers]
+    return {f"{i}.state.{j}": p for i, parameters in enumerate(lists) for j, p in enumerate(parameters)}
 
 
 def random_state() -> dict[str, Any]:
@@ -320,16 +353,25 @@ def set_random_state(state: dict[str, Any]) -> None:
 # --- trees of tensors and JSON values -------------------------------------------------------------------------
 
 
-def write_tree(folder: Path, name: str, tree: Any) -> None:
-    """`name`.json, and its tensors in `name`.safetensors."""
+def write_tree(folder: Path, name: str, tree: Any, ranks: Ranks = ALONE) -> None:
+    """`name`.json, and its tensors beside it."""
     tensors: dict[str, Tensor] = {}
     skeleton = _take_out(tree, "", tensors)
-    write_tensors(folder / f"{name}.safetensors", tensors)
-    (folder / f"{name}.json").write_text(json.dumps(skeleton))
+    write_named(folder, name, tensors, ranks)
+    if ranks.is_main:
+        (folder / f"{name}.json").write_text(json.dumps(skeleton))
 
 
-def read_tree(folder: Path, name: str) -> Any:
-    return _put_in(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+def read_tree(folder: Path, name: str, parts: Mapping[str, Tensor] | None = None) -> Any:
+    return _put_in(json.loads((folder / f"{name}.json").read_text()), read_tensors(folder, name, parts or {}))
+
+
+def write_named(folder: Path, name: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """`name`.safetensors; or, when some are divided among ranks, the folder `name`."""
+    if any(hasattr(tensor, "placements") for tensor in tensors.values()):
+        sharded_checkpoint.write(folder / name, tensors)
+    elif ranks.is_main:
+        write_tensors(folder / f"{name}.safetensors", tensors)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -337,6 +379,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # so it reports a full disk
         raise OSError(str(error)) from error
+
+
+def read_tensors(folder: Path, name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `write_named` wrote. `parts`: parameters, by the place of what is divided as they are."""
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        return sharded_checkpoint.read(folder / name, parts)
+    found = {}
+    for key, value in load_file(file).items():
+        p = sharded_checkpoint.like(key, value.shape, parts)
+        found[key] = value if p is None else as_part(p, value)
+    return found
+
+
+def as_wholes(tree: Any, parts: Mapping[str, Tensor]) -> Any:
+    """`tree` with each tensor that is divided like the parameter of its name as the whole that it belongs to."""
+    if not isinstance(tree, Mapping):
+        return tree
+    found = {}
+    for name, value in tree.items():
+        p = parts.get(name) if isinstance(value, Tensor) else None
+        divided = p is not None and hasattr(p, "whole") and value.shape == p.shape
+        found[name] = as_whole(p, value.detach()) if divided else as_wholes(value, parts)
+    return found
 
 
 def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

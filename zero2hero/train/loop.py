@@ -2,6 +2,7 @@
 
     for each step:   gather its micro-batches            data(step)
                      add up gradients of their sums      objective(model, batch).sum.backward()
+                     add those of the other ranks        train/parallel.py; alone there are none
                      divide once, by the step's weight   so 8 x 1, 4 x 2 and 1 x 8 are the same step
                      clip, update                        fp32 master weights
     now and then:    log, evaluate, sample, save
@@ -29,14 +30,16 @@ import torch
 from torch import nn
 
 from zero2hero.config import TrainConfig, fingerprint
+from zero2hero.data.streaming import merge_states
 from zero2hero.errors import UserError
 from zero2hero.progress import TrainingProgress
 from zero2hero.train import bad_steps, checkpoint
 from zero2hero.train.checkpoint import folder_of, random_state, set_random_state
 from zero2hero.train.objectives import Objective
 from zero2hero.train.optim import make_optimizers
-from zero2hero.train.precision import MasterWeights
+from zero2hero.train.parallel import ALONE, Ranks
 from zero2hero.train.schedule import learning_rate_factor
+from zero2hero.train.sharding import master_weights
 from zero2hero.train.tracking import Tracker
 from zero2hero.train.watch import Watcher
 
@@ -79,7 +82,7 @@ class Trainer:
     Args:
         model: hidden states and logits; already on its device.
         objective: what to minimize.
-        data: step -> the micro-batches of that step, each with `ids_BT` (torch, on the model's device).
+        data: step -> this rank's micro-batches of that step, each with `ids_BT` (torch, on the model's device).
         config: the loop's settings.
         total_steps: optimizer steps in all.
         output_dir: checkpoints go below it.
@@ -91,6 +94,7 @@ class Trainer:
         watchers: what looks on at every step (see train/watch.py).
         made_with: hashes of what the run is made with, by name (tokenizer, data); its checkpoints resume no other.
         describe: batch -> JSON values that say which records it holds, for the report of a loss that is not finite.
+        ranks: the processes that train together; alone by default.
     """
 
     def __init__(
@@ -112,10 +116,11 @@ class Trainer:
         watchers: Sequence[Watcher] = (),
         made_with: Mapping[str, str] | None = None,
         describe: Callable[[Any], Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
-        self.masters = MasterWeights(model, dtype)
+        self.masters = master_weights(model, dtype, ranks)
         # fp16 has no room for gradients that are not scaled: the optimizer's own products are in fp32 then
         self.optimizers = make_optimizers(
             self.masters.parameters, config, torch.float32 if dtype == torch.float16 else dtype
@@ -123,6 +128,7 @@ class Trainer:
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.watchers = [*([self.masters.loss_scale] if self.masters.loss_scale else []), *watchers]
+        self.ranks = ranks
         self.tracker_state: dict[str, Any] = {}  # of the checkpoint that was taken up, for a tracker made after that
         self.made_with, self.describe = {"settings": fingerprint(config), **(made_with or {})}, describe
         self.state = State()
@@ -149,13 +155,14 @@ class Trainer:
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         try:
             if self.state.step == 0:
-                _seed_everything(self.config.seed)  # decides what dropout drops
+                _seed_everything(self.config.seed)
             if self.state.step == 0 and self.sample:
                 self._outside_training(lambda: self.sample(0))  # type: ignore[misc]
             while self.state.step < self.total_steps and not self._out_of_patience():
                 started, before = time.perf_counter(), self.state.step
                 self.step()
                 self._window.seconds += time.perf_counter() - started
+                stop = self.ranks.max(self._asked_to_stop or 0)  # a signal to one rank stops all at one step
                 step, last = self.state.step, self.state.step == self.total_steps
                 if step <= before:  # rolled back: what is due at this step was done when it was first reached
                     continue
@@ -166,11 +173,10 @@ class Trainer:
                     self._evaluate()
                 if self.sample and (step % self.sample_steps == 0 or last):
                     self._outside_training(lambda: self.sample(self.state.step))  # type: ignore[misc]
-                stop = self._asked_to_stop  # looked at once: a signal may come between saving and stopping
-                due = step % self.save_steps == 0 or last or stop is not None or (evaluated and self.keep_best > 0)
+                due = step % self.save_steps == 0 or last or stop or (evaluated and self.keep_best > 0)
                 if self.output_dir and due:
                     self.save(self.metrics["eval_loss"] if evaluated else None)
-                if stop is not None:
+                if stop:
                     raise Stopped(stop)
             if self.config.early_stopping_patience and self.evaluate:
                 self._restore_best()
@@ -189,6 +195,7 @@ class Trainer:
         window, started = copy.deepcopy(self._window), time.perf_counter()
         batches = self.data(self.state.step + self.state.data_offset)
         self._window.waiting += time.perf_counter() - started
+        torch.manual_seed(self._seed())
         total, weight = self._backward(batches)
         self.step_weight = weight
         norm = self._finish_gradients(batches, total, weight)
@@ -214,21 +221,25 @@ class Trainer:
             watcher.after_update(self)
 
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
-        """Add up the gradients of every micro-batch's sum; returns the step's summed loss and its weight."""
+        """Add up the gradients of every micro-batch's sum; returns the summed loss and the weight of all ranks."""
         self.masters.zero_grad()
         self.micro_batch_losses: list[float] = []
-        total, weight = 0.0, 0.0
+        sums = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}
         for index, batch in enumerate(batches):
             loss = self.objective(self.model, batch)
             self.masters.backward(loss.sum)
-            total += float(loss.sum.detach())
-            weight += float(loss.weight)
-            self.micro_batch_losses.append(float(loss.sum.detach()) / max(1.0, float(loss.weight)))
-            self._window.tokens += batch.ids_BT.numel()
-            for name, value in loss.metrics.items():
-                self._window.metrics[name] = self._window.metrics.get(name, 0.0) + float(value)
+            parts = {"loss": loss.sum.detach(), "weight": loss.weight, "tokens": batch.ids_BT.numel()} | loss.metrics
+            numbers = {name: float(value) for name, value in parts.items()}
+            sums = {name: sums.get(name, 0.0) + number for name, number in numbers.items()}
+            self.micro_batch_losses.append(numbers["loss"] / max(1.0, numbers["weight"]))
             for watcher in self.watchers:
-                watcher.after_micro_batch(self, index, weight)
+                watcher.after_micro_batch(self, index, sums["weight"])
+        self.masters.sum_over(self.ranks)
+        sums = self.ranks.sum(sums)
+        total, weight = sums.pop("loss"), sums.pop("weight")
+        self._window.tokens += int(sums.pop("tokens"))
+        for name, value in sums.items():
+            self._window.metrics[name] = self._window.metrics.get(name, 0.0) + value
         if weight == 0:
             raise UserError(
                 f"step {self.state.step + 1}: no token of the batch has a target, so nothing can be learned"
@@ -239,10 +250,15 @@ class Trainer:
         """Divide once by the step's weight and clip; returns the norm before clipping."""
         gradients = self.masters.gradients
         torch._foreach_mul_(gradients, 1.0 / weight)
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        norm = self.masters.norm()
         if self.config.max_grad_norm and norm > self.config.max_grad_norm:
             torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
         return norm
+
+    def _seed(self) -> int:
+        """Of what dropout drops: a function of the step, as the data are, and another one on each rank."""
+        words = np.random.SeedSequence([self.config.seed % 2**64, self.state.step, self.ranks.data_rank])
+        return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _set_learning_rate(self) -> None:
         c = self.config
@@ -310,13 +326,14 @@ class Trainer:
     def _restore_best(self) -> None:
         if not self.output_dir or self.state.best_step in (0, self.state.step):
             return
-        best = checkpoint.best_checkpoint(self.output_dir)
+        best = self.from_main(checkpoint.best_checkpoint)
         if best is not None:
-            saved = checkpoint.read_weights(best)
-            checkpoint.check_weights(best, saved, self.masters.parameters)
-            checkpoint.copy_weights(saved, self.masters.parameters)
+            weights = self.masters.parameters
+            saved = checkpoint.read_weights(best, weights)
+            checkpoint.check_weights(best, saved, weights)
+            checkpoint.copy_weights(saved, weights)
             self.masters.publish()
-            watchers = checkpoint.read_tree(best, "state")["state"]["watchers"]
+            watchers = checkpoint.read_tree(best, "state", weights)["state"]["watchers"]
             for watcher in self.watchers:  # an average of the weights is then that of their step
                 watcher.load_state_dict(watchers[watcher.name])
             self.metrics["eval_loss"] = checkpoint.eval_loss(best)
@@ -333,14 +350,21 @@ class Trainer:
             "loop": vars(self.state),
             "window": {"loss": window.loss, "weight": window.weight, "metrics": window.metrics},
             "watchers": {watcher.name: watcher.state_dict() for watcher in self.watchers},
-            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else {},
+            "data": self._data_state(),
             "tracker": self.tracker.state_dict() if self.tracker else {},
         }
         checkpoint.save_checkpoint(
-            folder_of(self.output_dir, step), self.masters.parameters, self.optimizers, state,
+            folder_of(self.output_dir, step), self.masters.parameters, self.optimizers, state, self.ranks,
             step=step, eval_loss=eval_loss, made_with=self.made_with,
         )  # fmt: skip
-        checkpoint.remove_old(self.output_dir, step, self.config.keep_last, self.keep_best)
+        if self.ranks.is_main:
+            checkpoint.remove_old(self.output_dir, step, self.config.keep_last, self.keep_best)
+
+    def _data_state(self) -> dict[str, Any]:
+        """Where the data of all ranks stand."""
+        if not hasattr(self.data, "state_dict"):
+            return {}
+        return merge_states(self.ranks.gather(self.data.state_dict()))
 
     def resume(self) -> int:
         """Take up the newest whole checkpoint; returns its step, 0 when there is none.
@@ -348,10 +372,10 @@ class Trainer:
         Raises:
             UserError: all are damaged, or the newest is of a run that is made otherwise; nothing was changed then.
         """
-        folder = checkpoint.newest_checkpoint(self.output_dir) if self.output_dir else None
+        folder = self.from_main(checkpoint.newest_checkpoint)
         if folder is None:
             return self.state.step
-        saved = checkpoint.read_checkpoint(folder, self.made_with)
+        saved = checkpoint.read_checkpoint(folder, self.made_with, self.masters.parameters, self.optimizers)
         try:
             state, window = State(**saved.state["loop"]), _Window(**saved.state["window"])
             data, watchers, tracker = (saved.state[name] for name in ("data", "watchers", "tracker"))
@@ -368,6 +392,10 @@ class Trainer:
         for watcher in self.watchers:
             watcher.load_state_dict(watchers[watcher.name])
         return self.state.step
+
+    def from_main(self, find: Callable[[Path], Path | None]) -> Path | None:
+        """A checkpoint of this run, as the main rank finds it."""
+        return self.ranks.gather(find(self.output_dir) if self.output_dir and self.ranks.is_main else None)[0]
 
     def _stop(self, number: int, frame: Any) -> None:
         if self._asked_to_stop is not None:  # asked twice: now

@@ -11,13 +11,14 @@ learning rate and one weight decay serve both.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zero2hero.nn.native import momentum_, update_
+from zero2hero.train.sharding import division, on_whole, whole_shape
 
 # Each row is a, b, c of x <- a x + b x^3 + c x^5: the best next one for what the rows before it leave of [0.025, 1],
 # with 5 % to spare at the upper end, where the polynomials are steep and bf16 rounds.
@@ -94,31 +95,34 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         groups = []
         for group in _as_groups(params):
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            groups += [group | {"params": same} for same in by_shape.values()]
+            groups += [group | {"params": same} for same in _alike(group["params"], whole_shape)]
         super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            ahead = torch.empty(len(params), *params[0].shape, dtype=self.dtype, device=params[0].device)
-            for p, each in zip(params, ahead):
-                momentum_(self._momentum(p), p.grad, each, group["momentum"], group["nesterov"])
-            updates = orthogonalize(ahead)
-            keep = 1 - group["lr"] * group["weight_decay"]
-            for p, update in zip(params, updates):
-                update_(p, update, keep, group["lr"] * 0.2 * max(p.shape) ** 0.5)
+            for params in _alike([p for p in group["params"] if p.grad is not None], division):
+                ahead = torch.empty(len(params), *params[0].shape, dtype=self.dtype, device=params[0].device)
+                for p, each in zip(params, ahead):
+                    momentum_(self._momentum(p), p.grad, each, group["momentum"], group["nesterov"])  # type: ignore[arg-type]
+                updates = on_whole(orthogonalize, params, ahead)
+                keep, size = 1 - group["lr"] * group["weight_decay"], 0.2 * max(whole_shape(params[0])) ** 0.5
+                for p, update in zip(params, updates):
+                    update_(p, update, keep, group["lr"] * size)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
         return state["momentum"]
+
+
+def _alike(params: Iterable[Tensor], kind: Callable[[Tensor], Hashable]) -> list[list[Tensor]]:
+    """The parameters in lists of one kind each."""
+    by_kind: dict[Hashable, list[Tensor]] = defaultdict(list)
+    for p in params:
+        by_kind[kind(p)].append(p)
+    return list(by_kind.values())
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

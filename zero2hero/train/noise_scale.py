@@ -25,7 +25,7 @@ MEMORY = 0.98  # of the running means: about fifty steps
 
 
 class NoiseScale(Watcher):
-    """Logs `gradient_noise_scale`, in tokens with a target. Needs steps of two or more micro-batches."""
+    """Logs `gradient_noise_scale`, in tokens with a target. Needs several micro-batches a step, and whole gradients."""
 
     name = "noise_scale"
 
@@ -34,7 +34,8 @@ class NoiseScale(Watcher):
         self._first_weight, self._first_norm = 0.0, 0.0
 
     def after_micro_batch(self, trainer: Trainer, index: int, weight: float) -> None:
-        if index == 0:
+        several = trainer.config.gradient_accumulation_steps * trainer.ranks.data_size > 1
+        if index == 0 and several and not trainer.masters.divided:
             norms = torch.stack(torch._foreach_norm(trainer.masters.gradients))
             self._first_weight, self._first_norm = weight, float(torch.linalg.vector_norm(norms))
 

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from zero2hero.errors import UserError
 from zero2hero.nn.native import accumulate_
+from zero2hero.train.parallel import Ranks
 from zero2hero.train.watch import Watcher
 
 
 class MasterWeights:
     """The fp32 parameters that the optimizer owns, by name; the model computes in `dtype`."""
+
+    divided = False  # each rank has the whole; otherwise see train/sharding.py
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.copies = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,6 +74,18 @@ class MasterWeights:
     @property
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up the gradients of all ranks."""
+        ranks.sum_(self.gradients)
+
+    def norm(self) -> float:
+        """Of all gradients together."""
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients))))
+
+    def gathered(self) -> dict[str, Tensor]:
+        """The whole weights by name."""
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ from zero2hero.train.memory_advice import free_memory
 from zero2hero.train.memory_plan import predict
 from zero2hero.train.noise_scale import NoiseScale
 from zero2hero.train.objectives import causal_lm
+from zero2hero.train.parallel import ALONE, Ranks, join
 from zero2hero.train.report import write_report
+from zero2hero.train.sharding import parallelize, whole_model
 from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
 from zero2hero.train.vitals import Vitals
 
@@ -73,79 +76,104 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
         UserError: anything in the data or settings that a person can mend.
         Stopped: asked to stop by a signal; `resume` continues.
     """
-    with locked(config.output_dir):
-        return _pretrain(config)
+    train = config.train
+    with (
+        join(pick_device(config.device), train.tp_size, train.ddp_timeout) as (ranks, device),
+        locked(config.output_dir) if ranks.is_main else nullcontext(),
+    ):
+        return _pretrain(config, ranks, device)
 
 
-def _pretrain(config: PretrainConfig) -> LanguageModel:
-    device = pick_device(config.device)
-    dtype, peak = choose_precision(config.precision, device)
+def _pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> LanguageModel:
     output_dir = Path(config.output_dir)
-    _check_directory(output_dir, config)
-    source = open_source(config.data, text_column=config.text_column, on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
-                         seed=config.train.seed)  # fmt: skip
-    tokenizer = get_tokenizer(config, source)
-    shape = fit_shape(config.model, tokenizer)
-    family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
-    made_with = {"settings": fingerprint(config), "tokenizer": tokenizer.fingerprint}
-    if config.streaming:  # it knows its shards by itself
-        stream = Stream(
-            source, tokenizer, config.validation_fraction, config.train.seed, skip=config.on_bad_record == "skip"
-        )
-        training, held_out = stream.sample()
-    else:
-        cache = tokenize_to_cache(source, tokenizer)
-        made_with["data"] = cache.folder.name
-        training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
+    with ranks.first_on_each_machine():
+        dtype, peak = choose_precision(config.precision, device)
+        if ranks.is_main:
+            _check_directory(output_dir, config)
+        source = open_source(config.data, text_column=config.text_column, on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
+                             seed=config.train.seed)  # fmt: skip
+        tokenizer = get_tokenizer(config, source)
+        shape = fit_shape(config.model, tokenizer)
+        family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
+        rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks.data_size
+        made_with = {"settings": fingerprint(config), "tokenizer": tokenizer.fingerprint, "rows per step": str(rows)}
+        if config.streaming:  # it knows its shards by itself
+            stream = Stream(
+                source, tokenizer, config.validation_fraction, config.train.seed, skip=config.on_bad_record == "skip"
+            )
+            training, held_out = stream.sample()
+        else:
+            cache = tokenize_to_cache(source, tokenizer)
+            made_with["data"] = cache.folder.name
+            training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
+        if ranks.is_main:
+            _start_directory(output_dir, config, tokenizer)
     planned, free = planned_run(shape, config.train, dtype, device), free_memory(str(device))
     model = Decoder(shape)
     init_weights(model, config.train.seed)
-    model.to(device)
+    ranks.copy_from_main(model.parameters())
     if config.train.gradient_checkpointing:
         checkpoint_blocks(model, config.train.activation_offload)
         machine.keep_memory(False)
+    parallelize(model, ranks, config.train, dtype).to(device)
+    part = (ranks.data_rank, ranks.data_size)
     total_steps, data = (
-        streamed_data(stream, config.train, device) if config.streaming else causal_data(training, config.train, device)
+        streamed_data(stream, config.train, device, *part)
+        if config.streaming
+        else causal_data(training, config.train, device, *part)
     )
-    _start_directory(output_dir, config, tokenizer)
     average = WeightAverage(config.train.ema_decay)
     objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
     with TrainingProgress(total_steps) as progress:
-        evaluate = evaluation(model, held_out, config.train, device, tokenizer)
+        evaluate = evaluation(model, held_out, config.train, device, tokenizer, ranks)
         peak_memory = PeakMemory(device)
         trainer = Trainer(
             model, objective, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
-            progress=progress, peak_flops=peak,
+            progress=progress, peak_flops=peak * ranks.size, ranks=ranks,
             flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
             watchers=[
                 Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print), peak_memory,
                 *([average] if config.train.ema_decay else []),
-                *([NoiseScale()] if config.train.gradient_accumulation_steps > 1 else []),
+                NoiseScale(),
             ],
             made_with=made_with, describe=lambda batch: what_is_in(batch, tokenizer),
         )  # fmt: skip
         resumed = trainer.resume() if config.resume else 0
         lm = LanguageModel(model, tokenizer, shape)
-        with Tracker(output_dir, "tensorboard" in config.report_to, resumed or None,
-                     [name for name in config.report_to if name != "tensorboard"],
-                     trainer.tracker_state) as tracker:  # fmt: skip
+        _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps, ranks)
+        with _record(config, trainer, resumed) as tracker:
             trainer.tracker = tracker
-            trainer.sample = average.around(trainer, sampler(lm, config, held_out, tracker, progress))
+            trainer.sample = average.around(trainer, sampler(lm, config, held_out, trainer, progress))
             trainer.evaluate = evaluate and average.around(trainer, evaluate)
-            _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps)
-            if not resumed:
+            if tracker is not None and not resumed:
                 tracker.record(0, machine=describe_machine())
                 tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
-            if words := warning(planned, free):
+            divided = trainer.masters.divided  # the plan is for one device
+            if not divided and (words := warning(planned, free)):
                 progress.print(words)
             peak_memory.begin(trainer.masters)
             with memory_explained(planned, free):
                 trainer.train()
-        progress.print(peak_memory.verdict(predict(planned).peak))
-        progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
+        if not divided:
+            progress.print(peak_memory.verdict(predict(planned).peak))
+        if ranks.is_main:
+            progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
     average.keep(trainer)
-    _save_result(lm, trainer, output_dir)
+    lm = _whole(lm, trainer)
+    if ranks.is_main:
+        save(lm, output_dir)
+        write_report(output_dir)
     return lm
+
+
+def _record(config: PretrainConfig, trainer: Trainer, resumed: int) -> AbstractContextManager[Tracker | None]:
+    """The run's tracker, on the main rank."""
+    if not trainer.ranks.is_main:
+        return nullcontext()
+    others = [name for name in config.report_to if name != "tensorboard"]
+    return Tracker(
+        config.output_dir, "tensorboard" in config.report_to, resumed or None, others, trainer.tracker_state
+    )  # fmt: skip
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, float]:
@@ -202,24 +230,30 @@ def fit_shape(shape: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def causal_data(corpus: Corpus, config: TrainConfig, device: torch.device) -> tuple[int, Callable[[int], list[Batch]]]:
-    """(number of optimizer steps, step -> its micro-batches on `device`)."""
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+def causal_data(
+    corpus: Corpus, config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> tuple[int, Callable[[int], list[Batch]]]:
+    """(number of optimizer steps, step -> this rank's micro-batches of it on `device`).
+
+    The micro-batches of all ranks are numbered through; rank r takes every `world_size`-th from r on. So the windows
+    of a step, and their order over the run, depend on how many it has, not on who takes them.
+    """
+    together = config.gradient_accumulation_steps * world_size  # micro-batches of a step
+    rows = config.per_device_train_batch_size * together
     full = Batches(
         corpus, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
         seed=config.seed, document_mask=config.document_mask,
     )  # fmt: skip
     total = config.max_steps or math.ceil(config.num_train_epochs * full.windows_per_epoch / rows)
-    accumulation = config.gradient_accumulation_steps
     phases: dict[int, Batches] = {}
 
     def micro_batches(step: int) -> list[Batch]:
         length, begin = _phase_of(config, total, step)
         if length not in phases:
             size = config.per_device_train_batch_size * config.max_length // length
-            phases[length] = full.with_length(length, size, start=begin * accumulation)
-        first = step * accumulation
-        return [_on_device(phases[length][first + i], device) for i in range(accumulation)]
+            phases[length] = full.with_length(length, size, start=begin * together)
+        numbers = range(step * together + rank, (step + 1) * together, world_size)
+        return [_on_device(phases[length][number], device) for number in numbers]
 
     return total, micro_batches
 
@@ -267,9 +301,10 @@ def what_is_in(batch: Batch, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def evaluation(
-    model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device, tokenizer: Tokenizer
-) -> Callable[[], dict[str, float]] | None:
-    """() -> loss over the whole validation split, by the fixed protocol of `EvaluationWindows`."""
+    model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device, tokenizer: Tokenizer,
+    ranks: Ranks = ALONE,
+) -> Callable[[], dict[str, float]] | None:  # fmt: skip
+    """() -> loss over the whole validation split, by the fixed protocol of `EvaluationWindows`; divided over ranks."""
     if not corpus.num_tokens:
         return None
     windows = evaluation_windows(corpus, config.max_length, 2 * config.per_device_train_batch_size)
@@ -278,13 +313,16 @@ def evaluation(
 
     def evaluate() -> dict[str, float]:
         total, count = 0.0, 0.0
-        for rows in windows:
-            batch = _on_device(rows, device)
+        for index in range(ranks.data_rank, len(windows) + ranks.data_rank, ranks.data_size):
+            # every rank makes as many passes as the others, for they may have to gather weights for each other
+            batch = _on_device(windows[min(index, len(windows) - 1)], device)
             positions = batch.positions_BT if batch.document_ids_BT is not None else None
             hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
             nll, weight = nll_sum(hidden, model.head_weight, batch.targets_BT)
-            total, count = total + float(nll), count + float(weight)
-        loss = total / count
+            if index < len(windows):
+                total, count = total + float(nll), count + float(weight)
+        sums = ranks.sum({"nll": total, "count": count})
+        loss, total = sums["nll"] / sums["count"], sums["nll"]
         return {"eval_loss": loss, "eval_bits_per_byte": total / math.log(2) / max(1, num_bytes)}
 
     return evaluate
@@ -303,13 +341,17 @@ def ngram_baseline(training: Corpus, held_out: Corpus, vocab_size: int) -> dict[
 
 
 def sampler(
-    lm: LanguageModel, config: PretrainConfig, held_out: Corpus, tracker: Tracker, progress: TrainingProgress
+    lm: LanguageModel, config: PretrainConfig, held_out: Corpus, trainer: Trainer, progress: TrainingProgress
 ) -> Callable[[int], None]:
     """step -> let the model write from the run's prompts, for the record and for the person who watches."""
     prompts = config.prompts or held_out_prompts(held_out, lm.tokenizer)
 
     def sample(step: int) -> None:
-        texts = lm.generate(
+        writer = _whole(lm, trainer) if trainer.masters.divided else lm
+        tracker = trainer.tracker
+        if tracker is None:
+            return
+        texts = writer.generate(
             prompts, max_new_tokens=min(120, config.train.max_length), temperature=0.7, top_p=0.95,
             seed=config.train.seed, return_full_text=False,
         )  # fmt: skip
@@ -365,7 +407,7 @@ def _start_directory(output_dir: Path, config: PretrainConfig, tokenizer: Tokeni
     tokenizer.save_pretrained(output_dir, model_max_length=config.model.max_position_embeddings)
 
 
-def _announce(progress, config, shape, training, held_out, dtype, resumed: int, total_steps: int) -> None:
+def _announce(progress, config, shape, training, held_out, dtype, resumed: int, total_steps: int, ranks: Ranks) -> None:
     from zero2hero.progress import human_count
 
     weights = shape.num_matrix_parameters
@@ -374,15 +416,10 @@ def _announce(progress, config, shape, training, held_out, dtype, resumed: int, 
     progress.print(
         f"{amount} to learn from, {human_count(held_out.num_tokens)} tokens held out; "
         f"vocabulary {shape.vocab_size}; {human_count(weights)} matrix weights; "
-        f"{str(dtype).removeprefix('torch.')}; {words}"
+        f"{str(dtype).removeprefix('torch.')}; {words}" + (f"; {ranks.size} ranks" if ranks.size > 1 else "")
     )
 
 
-def _save_result(lm: LanguageModel, trainer: Trainer, output_dir: Path) -> None:
-    """The model from its fp32 weights, and the report."""
-    with torch.no_grad():
-        for name, parameter in lm.model.named_parameters():
-            if name in trainer.masters.parameters:
-                parameter.data = trainer.masters.parameters[name].detach()
-    save(lm, output_dir)
-    write_report(output_dir)
+def _whole(lm: LanguageModel, trainer: Trainer) -> LanguageModel:
+    """The model with its fp32 weights, gathered from all ranks, which must all call this."""
+    return LanguageModel(whole_model(lm.model.config, trainer.masters.gathered()), lm.tokenizer)
