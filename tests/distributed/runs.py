@@ -44,6 +44,9 @@ class Record:
             self.losses.append(metrics["loss"])
             self.norms.append(metrics["grad_norm"])
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
 
 def make(ranks: Ranks = ALONE, output_dir: Path | None = None, shape: dict[str, Any] | None = None, **settings) -> Any:
     """A trainer whose losses are recorded at every step."""
