@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = _find_verb(words)
         return VERBS[verb][1](verb, words[len(verb.split()) :]) or 0
     except UserError as error:
-        print(f"{_name()}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(2)  # torchrun ends all processes when one ends: let the first one speak
+        print("zero2hero" + f", rank {rank}" * (rank != "0") + f": {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -43,12 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(Exception):
             sys.stdout.close()
         return 0
-
-
-def _name() -> str:
-    """What an error's line begins with; of several processes (torchrun), which one."""
-    rank = os.environ.get("RANK", "0")
-    return "zero2hero" if rank == "0" else f"zero2hero, rank {rank}"
 
 
 # --- verbs ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,8 +170,6 @@ def join(device: torch.device, tp_size: int = 1, timeout: int = 1800) -> Iterato
             yield ranks, device
             ranks.barrier()
     finally:
-        del ranks, mesh
-        gc.collect()  # a group that something still refers to keeps its threads, and these may crash Python's exit
         dist.destroy_process_group()
 
 
