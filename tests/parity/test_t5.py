@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from zero2hero.data.corrupt import seq2seq_batch
+from zero2hero.data.pairs import seq2seq_batch
 from zero2hero.errors import UserError
 from zero2hero.models import EncoderDecoder, EncoderDecoderConfig, from_pretrained, init_weights, save_pretrained
 from zero2hero.nn.positions import distance_buckets

@@ -16,11 +16,11 @@ from zero2hero.data.corrupt import (
     choose_spans,
     corrupt_spans,
     mask_tokens,
-    seq2seq_batch,
     span_counts,
     span_lengths,
     tokens_for,
 )
+from zero2hero.data.pairs import seq2seq_batch
 from zero2hero.errors import UserError
 from zero2hero.model_configs import EncoderConfig
 from zero2hero.models import Encoder

@@ -24,6 +24,9 @@ _PUBLIC = {
     "tokenize_to_cache": "cache",
     "Batch": "batches",
     "Batches": "batches",
+    "MaskedBatches": "corrupt",
+    "Seq2SeqBatch": "pairs",
+    "SpanBatches": "corrupt",
     "evaluation_windows": "batches",
     "Stream": "streaming",
     "StreamingBatches": "streaming",
@@ -33,7 +36,10 @@ __all__ = [
     "Batch",
     "Batches",
     "Corpus",
+    "MaskedBatches",
+    "Seq2SeqBatch",
     "Source",
+    "SpanBatches",
     "Stream",
     "StreamingBatches",
     "TokenCache",
@@ -46,6 +52,8 @@ __all__ = [
 if TYPE_CHECKING:
     from zero2hero.data.batches import Batch, Batches, evaluation_windows
     from zero2hero.data.cache import Corpus, TokenCache, split_documents, tokenize_to_cache
+    from zero2hero.data.corrupt import MaskedBatches, SpanBatches
+    from zero2hero.data.pairs import Seq2SeqBatch
     from zero2hero.data.sources import Source, open_source
     from zero2hero.data.streaming import Stream, StreamingBatches
 

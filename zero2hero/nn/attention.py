@@ -157,5 +157,5 @@ class CrossAttention(Attention):
     def forward(self, x_BTD: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
         B, T, _ = x_BTD.shape
         q = linear(x_BTD, self.q_proj).view(B, T, -1, self.head_dim).transpose(1, 2)
-        y = attend(q, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
+        y = self.attend(q, keys, values, mask)
         return linear(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
