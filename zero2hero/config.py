@@ -30,10 +30,11 @@ class MoEConfig:
     num_experts_per_tok: int = 2  # of these, how many each token takes
     intermediate_size: int = 0  # width of an expert; 0: as of a feed-forward
     norm_topk_prob: bool = True  # the chosen experts' probabilities sum to one
+    router_aux_loss_coef: float = 0.001  # share of the loss that spreads tokens over the experts, in training
     dense_layers: list[int] = field(default_factory=list)  # layers that keep a single feed-forward
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "num_experts", "intermediate_size")
+        _at_least(self, 0, "num_experts", "intermediate_size", "router_aux_loss_coef")
         _at_least(self, 1, "num_experts_per_tok")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -29,6 +30,7 @@ from zero2hero.nn.masks import Mask, causal_mask, make_mask
 from zero2hero.nn.moe import MixtureOfExperts, load_balancing_loss, router_logits
 from zero2hero.nn.norms import RMSNorm, make_norm
 from zero2hero.nn.positions import Rotary, rotate, sinusoidal_table
+from zero2hero.train.objectives import causal_lm, with_balanced_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -491,6 +493,16 @@ def test_the_balancing_loss_spreads_tokens_over_experts():
     assert shares().max() < 0.5
     assert float(loss) == pytest.approx(1.0, abs=0.2)
     assert not module.gate._forward_hooks
+
+
+def test_an_objective_adds_the_balance_of_the_experts():
+    model = randomized(SHAPES["experts"])
+    ids, targets = tokens(2, 8), tokens(2, 8, seed=1)
+    batch = SimpleNamespace(ids_BT=ids, targets_BT=targets, positions_BT=None, document_ids_BT=None)
+    plain, loss = causal_lm(model, batch), with_balanced_experts(causal_lm, 2, 0.1)(model, batch)
+    balance = float(loss.metrics["expert_balance"] / loss.weight)
+    assert 1.8 < balance < 5.0  # about k when balanced, E at worst
+    assert float(loss.sum / loss.weight) == pytest.approx(float(plain.sum / plain.weight) + 0.1 * balance, abs=1e-4)
 
 
 def test_gradient_of_the_gated_product():

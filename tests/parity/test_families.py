@@ -215,7 +215,7 @@ FRESH = {
     "arcee": dataclasses.replace(SHAPE, feedforward="relu2"),
     "qwen3 window": dataclasses.replace(SHAPE, qk_norm=True, sliding_window=4),
     "mixtral": dataclasses.replace(SHAPE, moe=MoEConfig(3, 2)),
-    "qwen3_moe": dataclasses.replace(SHAPE, qk_norm=True, moe=MoEConfig(3, 2, 20, False, [1])),
+    "qwen3_moe": dataclasses.replace(SHAPE, qk_norm=True, moe=MoEConfig(3, 2, 20, False, dense_layers=[1])),
     "llama llama3": dataclasses.replace(SHAPE, head_dim=32, rope_scaling={"rope_type": "llama3", **LLAMA3}),
     "gemma": GemmaConfig(**{**vars(SHAPE), "norm": "rmsnorm_offset", "feedforward": "geglu"}),
     "gpt2": dataclasses.replace(

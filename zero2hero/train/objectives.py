@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zero2hero.nn.logprobs import IGNORE, nll_sum
+from zero2hero.nn.moe import load_balancing_loss, router_logits
 
 
 @dataclass
@@ -41,6 +42,21 @@ def causal_lm(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Los
     hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
     total, count = nll_sum(hidden, model.head_weight, batch.targets_BT, label_smoothing)  # type: ignore[arg-type]
     return Loss(total, count)
+
+
+def with_balanced_experts(objective: Objective, top_k: int, coefficient: float) -> Objective:
+    """`objective` plus `coefficient` times the load-balancing loss of a mixture of experts (see nn/moe.py).
+
+    The balance is that of each micro-batch, so the same step in other micro-batches is here a slightly different one.
+    """
+
+    def balanced(model: nn.Module, batch: Any) -> Loss:
+        with router_logits(model) as logits:
+            loss = objective(model, batch)
+        penalty = load_balancing_loss(logits, top_k) * loss.weight
+        return Loss(loss.sum + coefficient * penalty, loss.weight, {**loss.metrics, "expert_balance": penalty.detach()})
+
+    return balanced
 
 
 def masked_lm(model: nn.Module, batch: Any) -> Loss:

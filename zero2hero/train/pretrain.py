@@ -55,7 +55,7 @@ from zero2hero.train.memory import PeakMemory, memory_explained, planned_run, wa
 from zero2hero.train.memory_advice import free_memory
 from zero2hero.train.memory_plan import predict
 from zero2hero.train.noise_scale import NoiseScale
-from zero2hero.train.objectives import causal_lm
+from zero2hero.train.objectives import Objective, causal_lm, with_balanced_experts
 from zero2hero.train.parallel import ALONE, Ranks, join
 from zero2hero.train.report import write_report
 from zero2hero.train.sharding import parallelize, whole_model
@@ -123,7 +123,9 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Lan
         else causal_data(training, config.train, device, *part)
     )
     average = WeightAverage(config.train.ema_decay)
-    objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
+    objective: Objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
+    if (moe := config.model.moe).num_experts:
+        objective = with_balanced_experts(objective, moe.num_experts_per_tok, moe.router_aux_loss_coef)
     with TrainingProgress(total_steps) as progress:
         evaluate = evaluation(model, held_out, config.train, device, tokenizer, ranks)
         peak_memory = PeakMemory(device)

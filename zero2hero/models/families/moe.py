@@ -12,13 +12,18 @@ from zero2hero.models.families.rope import read_rope, spell_rope
 
 
 def _mixtral(theirs: dict[str, Any]) -> dict[str, Any]:
-    moe = MoEConfig(num_experts=theirs["num_local_experts"], num_experts_per_tok=theirs["num_experts_per_tok"])
+    moe = MoEConfig(
+        num_experts=theirs["num_local_experts"],
+        num_experts_per_tok=theirs["num_experts_per_tok"],
+        router_aux_loss_coef=theirs.get("router_aux_loss_coef", 0.001),
+    )
     return read_rope(theirs, default_theta=1e6) | {"moe": moe}
 
 
 def _spell_mixtral(c: DecoderConfig) -> dict[str, Any]:
     return spell_rope(c) | {
         "num_local_experts": c.moe.num_experts, "num_experts_per_tok": c.moe.num_experts_per_tok,
+        "router_aux_loss_coef": c.moe.router_aux_loss_coef,
     }  # fmt: skip
 
 
@@ -65,6 +70,7 @@ def _qwen3_moe(theirs: dict[str, Any]) -> dict[str, Any]:
         num_experts_per_tok=theirs["num_experts_per_tok"],
         intermediate_size=theirs["moe_intermediate_size"],
         norm_topk_prob=bool(theirs["norm_topk_prob"]),
+        router_aux_loss_coef=theirs.get("router_aux_loss_coef", 0.001),
         dense_layers=sorted(dense),
     )
     window = theirs.get("sliding_window") if theirs.get("use_sliding_window") else None
@@ -81,6 +87,7 @@ def _spell_qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.moe.num_experts_per_tok,
         "moe_intermediate_size": c.moe.intermediate_size,
         "norm_topk_prob": c.moe.norm_topk_prob,
+        "router_aux_loss_coef": c.moe.router_aux_loss_coef,
         "mlp_only_layers": c.moe.dense_layers,
         "decoder_sparse_step": 1,
         "use_sliding_window": c.sliding_window is not None,
