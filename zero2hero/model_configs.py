@@ -223,6 +223,55 @@ class VisionTextConfig:
         return self.text_config.initializer_range
 
 
+@dataclass(frozen=True)
+class VisionLanguageConfig:
+    """A language model that reads what an image model saw (models/vision_language.py)."""
+
+    text_config: DecoderConfig
+    vision_config: VisionConfig
+    image_token_index: int = 32000  # the token that stands for a piece of an image
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | list[int] = -2  # whose states are read: 0 enters the first layer, -1 leaves the last
+    vision_feature_select_strategy: str = "default"  # default: without the class token; full: with all tokens
+    model_type: str | None = field(default=None, metadata=NO_OPTION)
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "projector_hidden_act", PLAIN_ACTIVATIONS)
+        _one_of(self, "vision_feature_select_strategy", ("default", "full"))
+        layers = self.vision_config.num_hidden_layers
+        if not self.feature_layers or not all(-layers - 1 <= i <= layers for i in self.feature_layers):
+            raise UserError(
+                f"vision_feature_layer {self.vision_feature_layer} is not one of the image model's {layers} layers"
+            )
+        if not 0 <= self.image_token_index < self.text_config.vocab_size:
+            raise UserError(
+                f"image_token_index {self.image_token_index} is not one of the language model's "
+                f"{self.text_config.vocab_size} tokens"
+            )
+
+    def derived(self) -> VisionLanguageConfig:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        return dataclasses.replace(
+            self, text_config=self.text_config.derived(), vision_config=self.vision_config.derived()
+        )
+
+    @property
+    def feature_layers(self) -> list[int]:
+        return [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens for each image."""
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.vision_config.num_patches + self.vision_config.class_token - dropped
+
+    @property
+    def initializer_range(self) -> float:
+        return self.text_config.initializer_range
+
+
 def _check_labels(id2label: dict[int, str]) -> None:
     if sorted(id2label) != list(range(len(id2label))):
         raise UserError(f"id2label names the labels 0, 1, 2, ..., not {sorted(id2label)}")

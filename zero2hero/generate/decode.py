@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from zero2hero.errors import UserError
 from zero2hero.generate.fast import NativeStep, PlainDecoder, prepare
@@ -46,6 +47,7 @@ def generate_tokens(
     config: SamplingConfig | None = None,
     eos_ids: Collection[int] = (),
     stopped: Callable[[int, int], bool] | None = None,
+    embeddings: Sequence[Tensor] | None = None,
 ) -> Iterator[Token]:
     """Continue each prompt; yield the tokens as they come, step by step, all sequences of a step in turn.
 
@@ -55,6 +57,7 @@ def generate_tokens(
         config: how to sample; see `SamplingConfig`. Its `stop` is not used here.
         eos_ids: tokens that end a sequence; they are yielded too.
         stopped: called with each new (row, token id); True ends that sequence.
+        embeddings: [T, D] for each prompt, what is read in place of its ids (where they hold images, say).
 
     Raises:
         UserError: a prompt longer than the model's context, or with an id that the model does not know.
@@ -69,7 +72,7 @@ def generate_tokens(
     streams = [random_stream(config.seed, text, i) for text in texts for i in range(copies)]
     rows = list(range(len(streams)))  # the sequences in flight
     longest = max(len(text) + left[i * copies] - 1 for i, text in enumerate(texts))
-    batch = DecoderRows(model, texts, copies, longest)
+    batch = DecoderRows(model, texts, copies, longest, embeddings)
     seen = _seen(model, texts, copies) if config.repetition_penalty != 1.0 else None
     while True:
         ids, logprobs = choose(batch.logits, config, [streams[row] for row in rows], seen)
@@ -98,7 +101,14 @@ class DecoderRows:
     """The sequences in flight: their cache, their lengths, and the logits [B, V] of their next tokens."""
 
     @torch.inference_mode()
-    def __init__(self, model: Decoder, prompts: list[list[int]], copies: int, longest: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: list[list[int]],
+        copies: int,
+        longest: int,
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> None:
         self.model, self.native = model, NativeStep.fits(model)
         alone = self.native and len(prompts) * copies == 1  # then only the prompt is read here: no need to prepare
         self.prepared = PlainDecoder(model) if alone else prepare(model)
@@ -107,7 +117,8 @@ class DecoderRows:
         self.cache = model.make_cache(len(prompts), longest)
         self.lengths = [len(prompt) for prompt in prompts]
         padded = [prompt + [0] * (max(self.lengths) - len(prompt)) for prompt in prompts]
-        hidden_BTD = self._read(padded)
+        given = torch.tensor(padded, device=self.device)
+        hidden_BTD = self._read(given if embeddings is None else pad_sequence(list(embeddings), batch_first=True))
         last = torch.tensor(self.lengths, device=self.device) - 1
         self.logits = self.prepared.logits(hidden_BTD[torch.arange(len(prompts), device=self.device), last])
         if copies > 1:  # several samples share one prefill
@@ -134,13 +145,13 @@ class DecoderRows:
             return
         ragged = min(self.lengths) < self.cache.end
         positions = torch.tensor(self.lengths, device=self.device)[:, None] if ragged else None
-        self.logits = self.prepared.logits(self._read([[token_id] for token_id in ids], positions)[:, -1])
+        self.logits = self.prepared.logits(self._read(torch.tensor(ids, device=self.device)[:, None], positions)[:, -1])
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _read(self, ids: list[list[int]], positions: Tensor | None = None) -> Tensor:
+    def _read(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the next tokens, which enter the cache."""
         with evaluating(self.model):
-            return self.prepared(self.model, torch.tensor(ids, device=self.device), self.cache, positions)
+            return self.prepared(self.model, ids_BT, self.cache, positions)
 
 
 @contextmanager

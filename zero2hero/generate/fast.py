@@ -123,7 +123,7 @@ class PreparedDecoder:
         self.logits = _linear(model.lm_head)
 
     def __call__(self, model: Decoder, ids_BT: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
-        past, (B, T) = cache.end, ids_BT.shape
+        past, (B, T) = cache.end, ids_BT.shape[:2]
         plain = positions is None
         if positions is None:
             positions = torch.arange(past, past + T, device=ids_BT.device)[None]

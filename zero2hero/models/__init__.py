@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from zero2hero.config import DecoderConfig
-from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig, VisionConfig, VisionTextConfig
+from zero2hero.model_configs import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    VisionConfig,
+    VisionLanguageConfig,
+    VisionTextConfig,
+)
 from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.models.encoder_decoder import EncoderDecoder
 from zero2hero.models.vision import VisionTransformer
+from zero2hero.models.vision_language import VisionLanguage
 from zero2hero.models.vision_text import VisionText
 
 __all__ = [
@@ -19,6 +26,8 @@ __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "VisionConfig",
+    "VisionLanguage",
+    "VisionLanguageConfig",
     "VisionText",
     "VisionTextConfig",
     "VisionTransformer",

@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D] after the last norm.
 
         Args:
-            ids_BT: token ids.
+            ids_BT: token ids; or vectors [B, T, D] in the place of their embeddings.
             positions: [B, T] position of each token; by default 0, 1, 2, ... (after what the cache holds).
             document_ids: [B, T] for packed rows: tokens of different documents do not see each other.
             cache: keys and values of earlier tokens; this call's are added to it.
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             UserError: a position beyond `max_position_embeddings` of a learned or sinusoidal table.
         """
         past = cache.end if cache is not None else 0
-        B, T = ids_BT.shape
+        T = ids_BT.shape[1]
         plain = positions is None
         if positions is None:
             positions = torch.arange(past, past + T, device=ids_BT.device)[None]
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         )
 
     def _embed(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
-        x = F.embedding(ids_BT, self.embed_tokens.weight)
+        x = ids_BT if ids_BT.is_floating_point() else F.embedding(ids_BT, self.embed_tokens.weight)
         if self.config.position in ("learned", "sinusoidal"):
             longest = self.config.max_position_embeddings
             if end > longest and int(positions.max()) >= longest:

@@ -82,6 +82,17 @@ def seq2seq_lm(model: nn.Module, batch: Any) -> Loss:
     return Loss(total, count)
 
 
+def vision_language_lm(model: nn.Module, batch: Any) -> Loss:
+    """Predict each next token of texts with images in them (Liu et al. 2023): the negative log-likelihood in nats.
+
+    `batch`: as `causal_lm`'s, image tokens expanded and without targets; pixels_ICHW, the images in their order.
+    """
+    positions = batch.positions_BT if batch.document_ids_BT is not None else None
+    hidden = model(batch.ids_BT, batch.pixels_ICHW, positions=positions, document_ids=batch.document_ids_BT)
+    total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
+    return Loss(total, count)
+
+
 def softmax_contrastive(model: nn.Module, batch: Any) -> Loss:
     """Which of the texts belongs to an image, and which image to a text (CLIP; Radford et al. 2021): nats per pair.
 
