@@ -7,6 +7,8 @@ batches = Batches(train, max_length=256, batch_size=16, seed=0)     batches.py
 batches[0].to("cpu")
 
 batches = StreamingBatches(Stream(source, tokenizer), max_length=256, batch_size=16)     streaming.py
+
+pixels = ImageProcessor.from_pretrained("runs/vit")(["cat.png", "dog.jpg"])     images.py
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ _PUBLIC = {
     "Seq2SeqBatch": "pairs",
     "SpanBatches": "corrupt",
     "evaluation_windows": "batches",
+    "ImageProcessor": "images",
+    "open_image": "images",
     "Stream": "streaming",
     "StreamingBatches": "streaming",
 }
@@ -36,6 +40,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Corpus",
+    "ImageProcessor",
     "MaskedBatches",
     "Seq2SeqBatch",
     "Source",
@@ -44,6 +49,7 @@ __all__ = [
     "StreamingBatches",
     "TokenCache",
     "evaluation_windows",
+    "open_image",
     "open_source",
     "split_documents",
     "tokenize_to_cache",
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
     from zero2hero.data.batches import Batch, Batches, evaluation_windows
     from zero2hero.data.cache import Corpus, TokenCache, split_documents, tokenize_to_cache
     from zero2hero.data.corrupt import MaskedBatches, SpanBatches
+    from zero2hero.data.images import ImageProcessor, open_image
     from zero2hero.data.pairs import Seq2SeqBatch
     from zero2hero.data.sources import Source, open_source
     from zero2hero.data.streaming import Stream, StreamingBatches
