@@ -16,10 +16,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import nn
 
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError, did_you_mean
@@ -31,8 +33,12 @@ from zero2hero.io import atomic_write, fsync_path, saving
 from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other_weights, save_pretrained
 from zero2hero.models.decoder import Decoder, DecoderConfig
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.tokenizer.chat import Message, is_conversation
 
-_SETTINGS = [f.name for f in dataclasses.fields(SamplingConfig)]
+if TYPE_CHECKING:
+    from zero2hero.data.images import ImageProcessor
+
+SETTINGS = [f.name for f in dataclasses.fields(SamplingConfig)]
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -94,14 +100,50 @@ class LanguageModel:
         Raises:
             UserError: an unknown setting or one out of its range, or a prompt longer than the context.
         """
-        config = self.sampling_config(**settings)
+        copies = self.sampling_config(**settings).num_return_sequences
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if stream is True and return_full_text and len(prompts) == copies == 1:
+            _print_piece(prompts[0])
+        ids = [self.prompt_ids(text) for text in prompts]
+        texts = self.continuations(ids, stream=stream, batch_size=batch_size, **settings)
+        if return_full_text:
+            texts = [prompts[row // copies] + text for row, text in enumerate(texts)]
+        return texts[0] if isinstance(prompt, str) and copies == 1 else texts
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> str:
+        """The model's answer to a conversation, a list of {"role": ..., "content": ...}.
+
+        A last message of the assistant's is continued. Settings (and `stream`) as for `generate`.
+
+        Raises:
+            UserError: no chat template came with the model, or it refuses the conversation; else as `generate`.
+        """
+        if settings.get("num_return_sequences") not in (None, 1):
+            raise UserError("chat gives one answer: num_return_sequences must be 1")
+        return self.continuations([self.prompt_ids(messages)], **settings | {"num_return_sequences": 1})[0]
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """A text, or a conversation to be answered, as the token ids that the model reads first."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            return ids or [i for i in (self.tokenizer.bos_token_id,) if i is not None]
+        begun = is_conversation(prompt) and prompt[-1]["role"] == "assistant"
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=not begun, continue_final_message=begun)
+
+    def continuations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stream: bool | Callable[[str], object] = False,
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> list[str]:
+        """What follows each prompt of token ids, prompt by prompt; everything else is as for `generate`."""
+        config = self.sampling_config(**settings)
         copies = config.num_return_sequences
         if stream and (len(prompts) != 1 or copies != 1):
             raise UserError(f"only one text can be streamed at a time, not {len(prompts) * copies}")
         show = stream if callable(stream) else _print_piece if stream else None
-        if stream is True and return_full_text:
-            _print_piece(prompts[0])
         texts = []
         group = max(1, batch_size // copies)
         for start in range(0, len(prompts), group):
@@ -111,17 +153,17 @@ class LanguageModel:
                 pieces[row].append(piece)
                 if show and piece:
                     show(piece)
-            texts += [some[row // copies] * return_full_text + "".join(parts) for row, parts in enumerate(pieces)]
+            texts += ["".join(parts) for parts in pieces]
         if stream is True:
             print()
-        return texts[0] if isinstance(prompt, str) and copies == 1 else texts
+        return texts
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
         """The continuation of a text, piece by piece as it is made; settings as for `generate`."""
         config = self.sampling_config(**settings)
         if config.num_return_sequences > 1:
             raise UserError("only one text can be streamed at a time: num_return_sequences must be 1")
-        return (piece for _, piece in self._pieces([prompt], config) if piece)
+        return (piece for _, piece in self._pieces([self.prompt_ids(prompt)], config) if piece)
 
     def loglikelihood(self, prompt: str, continuation: str) -> float:
         """ln p(continuation | prompt) in nats, summed over the continuation's tokens.
@@ -129,7 +171,7 @@ class LanguageModel:
         The two are tokenized together, and what counts begins at the first token that the prompt alone does not
         have: a tokenizer may join the end of the one with the beginning of the other.
         """
-        before, whole = self._encode(prompt), self._encode(prompt + continuation)
+        before, whole = self.prompt_ids(prompt), self.prompt_ids(prompt + continuation)
         same = [a == b for a, b in zip(before, whole)]
         shared = same.index(False) if False in same else len(same)
         ids = torch.tensor([whole], device=self.model.embed_tokens.weight.device)
@@ -149,32 +191,29 @@ class LanguageModel:
     def sampling_config(self, **settings: Any) -> SamplingConfig:
         """Settings: those given, else those of generation_config.json, else the defaults."""
         for name in settings:
-            if name not in _SETTINGS:
-                raise UserError(f"unknown generation setting '{name}'.{did_you_mean(name, _SETTINGS)}")
+            if name not in SETTINGS:
+                raise UserError(f"unknown generation setting '{name}'.{did_you_mean(name, SETTINGS)}")
         given = {name: value for name, value in settings.items() if value is not None}
-        defaults = {n: v for n, v in self.generation_config.items() if n in _SETTINGS and v is not None}
+        defaults = {n: v for n, v in self.generation_config.items() if n in SETTINGS and v is not None}
         if "temperature" in given:  # asking for a temperature asks for sampling, unless it is 0
             defaults.pop("do_sample", None)
         return SamplingConfig(**(defaults | given))
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
-        return ids or [i for i in (self.tokenizer.bos_token_id,) if i is not None]
-
-    def _pieces(self, prompts: Sequence[str], config: SamplingConfig) -> Iterator[tuple[int, str]]:
+    def _pieces(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> Iterator[tuple[int, str]]:
         """(row, text) as it is made."""
-        ids = [self._encode(prompt) for prompt in prompts]
         # a stop string that is a special token never shows up as text
         special = {self.tokenizer.token_to_id(stop) for stop in config.stop} & self.tokenizer.all_special_ids
         eos_ids = self.eos_ids | {i for i in special if i is not None}
-        texts = [TextStream(self.tokenizer, p, config.stop) for p in ids for _ in range(config.num_return_sequences)]
+        texts = [
+            TextStream(self.tokenizer, p, config.stop) for p in prompts for _ in range(config.num_return_sequences)
+        ]
         ready = [""] * len(texts)
 
         def stopped(row: int, token_id: int) -> bool:
             ready[row] = texts[row].push(token_id)
             return texts[row].stopped
 
-        for token in generate_tokens(self.model, ids, config, eos_ids, stopped):
+        for token in generate_tokens(self.model, prompts, config, eos_ids, stopped):
             yield token.row, "" if token.id in eos_ids else ready[token.row]
             if token.finish_reason:
                 yield token.row, texts[token.row].finish()
@@ -197,23 +236,53 @@ def load(
     Raises:
         UserError: nothing there, files that do not fit together, or a device that is not available.
     """
+    parts = load_parts(path_or_id, device, dtype)
+    if not isinstance(parts.model, Decoder):
+        kind = type(parts.model).__name__
+        raise UserError(
+            f"{path_or_id} holds a {kind}, which does not continue texts; z2h.pipeline may have a use for it"
+        )
+    return LanguageModel(parts.model, parts.tokenizer, generation_config=parts.generation_config)
+
+
+@dataclass
+class Parts:
+    """A model of whatever kind, and what lies beside it in its folder, read when it is first asked for."""
+
+    directory: Path
+    model: nn.Module
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer, config = Tokenizer.from_pretrained(self.directory), self.model.config
+        if tokenizer.vocab_size > config.vocab_size:  # type: ignore[union-attr, operator]
+            raise UserError(
+                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
+                f"{config.vocab_size}. They do not belong together."  # type: ignore[union-attr]
+            )
+        return tokenizer
+
+    @cached_property
+    def image_processor(self) -> ImageProcessor:
+        from zero2hero.data.images import ImageProcessor
+
+        return ImageProcessor.from_pretrained(self.directory)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        path = self.directory / "generation_config.json"
+        return read_json(path) if path.exists() else {}
+
+
+def load_parts(path_or_id: str | Path, device: str | torch.device, dtype: torch.dtype | str | None) -> Parts:
+    """Any model that is here or on the hub; see `load`."""
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise UserError(f"unknown dtype '{dtype}'; use {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
         dtype = _DTYPES[dtype]
     chosen = pick_device(device)
     directory = find_folder(path_or_id)
-    model = from_pretrained(directory, dtype=dtype, device=chosen)
-    if not isinstance(model, Decoder):
-        raise UserError(f"{directory} holds a {type(model).__name__}, which does not continue texts")
-    tokenizer = Tokenizer.from_pretrained(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.config.vocab_size}. "
-            "They do not belong together."
-        )
-    path = directory / "generation_config.json"
-    return LanguageModel(model, tokenizer, generation_config=read_json(path) if path.exists() else {})
+    return Parts(directory, from_pretrained(directory, dtype=dtype, device=chosen))
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:

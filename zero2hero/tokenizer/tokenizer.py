@@ -32,6 +32,7 @@ from zero2hero.errors import UserError, did_you_mean
 from zero2hero.io import atomic_write
 from zero2hero.tokenizer.bpe import BPE
 from zero2hero.tokenizer.build import byte_level, surround, train_bpe, train_characters, train_unigram, train_word_piece
+from zero2hero.tokenizer.chat import Message, render
 from zero2hero.tokenizer.files import read_tokenizer_files
 from zero2hero.tokenizer.patterns import bytes_to_token, check_special_tokens, check_text
 
@@ -182,6 +183,20 @@ class Tokenizer:
             raw = self._raw_splitting if split_special_tokens else self.raw
             return [encoding.ids for encoding in raw.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tokenize: bool = True, **more: Any
+    ) -> Any:
+        """A conversation as the model reads it: ids, or (tokenize=False) text. See `chat.render`.
+
+        The template says itself where BOS goes, so encoding adds none.
+        """
+        if self.chat_template is None:
+            raise UserError("this model has no chat template, so it cannot read a conversation; give it plain text")
+        roles = {role: token for role in ROLES if (token := self.special_token(role)) is not None}
+        more |= {"add_generation_prompt": add_generation_prompt, "special_tokens": roles}
+        text = render(self.chat_template, messages, **more)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids to text; invalid UTF-8 becomes U+FFFD, ids beyond the vocabulary (padding rows) nothing."""
         ids = [int(i) for i in ids]
@@ -285,6 +300,8 @@ class Tokenizer:
         config = {key: value for key, value in self.config.items() if key not in _NOT_SAVED}
         config |= {role: token for role in ROLES if (token := self.special_token(role)) is not None}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(self.raw.model, models.WordPiece):  # BERT's segments, which this class alone would leave out
+            config.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
         config["clean_up_tokenization_spaces"] = False
         config["added_tokens_decoder"] = {
             str(i): {flag: getattr(token, flag) for flag in _TOKEN_FLAGS}
