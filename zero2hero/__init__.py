@@ -24,15 +24,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 _PUBLIC = {
     "load": "zero2hero.language_model",
     "save": "zero2hero.language_model",
+    "pipeline": "zero2hero.pipelines",
     "LanguageModel": "zero2hero.language_model",
     "UserError": "zero2hero.errors",
 }
 
-__all__ = ["LanguageModel", "UserError", "__version__", "load", "save"]
+__all__ = ["LanguageModel", "UserError", "__version__", "load", "pipeline", "save"]
 
 if TYPE_CHECKING:
     from zero2hero.errors import UserError
     from zero2hero.language_model import LanguageModel, load, save
+    from zero2hero.pipelines import pipeline
 
 
 def __getattr__(name: str) -> Any:

@@ -107,6 +107,23 @@ def convert(verb: str, words: list[str]) -> int:
     return 0
 
 
+def run_pipeline(verb: str, words: list[str]) -> int:
+    """Let a model do a task: classify, fill in, find names, answer, translate, ..."""
+    from zero2hero.config import RunPipelineConfig
+
+    examples = [
+        'zero2hero run-pipeline fill-mask --model runs/bert "The capital of France is [MASK]."',
+        "zero2hero run-pipeline ner --model runs/ner 'Ada came to London' --settings '{aggregation_strategy: simple}'",
+        'zero2hero run-pipeline question-answering --model runs/qa \'{"question": "Who?", "context": "Tom fell."}\'',
+        "zero2hero run-pipeline sentiment-analysis --model runs/sst2 --file reviews.txt > labels.jsonl",
+    ]
+    config = parse(verb, RunPipelineConfig, words, examples, positional=("task", "text"))
+    from zero2hero.pipelines.command import run
+
+    run(config)
+    return 0
+
+
 def tokenizer_train(verb: str, words: list[str]) -> int:
     """Train a tokenizer on text and save it."""
     from zero2hero.config import TokenizerTrainConfig
@@ -171,6 +188,7 @@ VERBS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
         "quickstart": quickstart,
         "pretrain": pretrain,
         "generate": generate,
+        "run-pipeline": run_pipeline,
         "convert": convert,
         "tokenizer train": tokenizer_train,
         "tokenizer encode": tokenizer_encode,

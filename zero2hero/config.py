@@ -374,6 +374,24 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class RunPipelineConfig:
+    """`zero2hero run-pipeline TASK TEXT`."""
+
+    task: str  # fill-mask, ner, text-generation, ...: an unknown one lists them
+    model: str  # a run, a Hugging Face directory, or a hub id
+    text: str = ""  # the input; where a task takes an object, JSON such as '{"question": "...", "context": "..."}'
+    file: str | None = None  # inputs instead, one a line, in a .jsonl file as JSON; the results are JSON lines
+    settings: dict[str, Any] = field(default_factory=dict)  # of the task, such as '{top_k: 3}'
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+    def __post_init__(self) -> None:
+        if bool(self.text) == bool(self.file):
+            raise UserError("give a text, or --file with a text on each line")
+
+
+@dataclass(frozen=True)
 class TokenizerTrainConfig:
     """`zero2hero tokenizer train`."""
 

@@ -114,7 +114,7 @@ FLOORS = [
     {"nn"},
     {"tokenizer", "data", "models"},
     {"generate"},
-    {"language_model", "pipeline"},
+    {"language_model", "pipelines"},
     {"train"},
     {"tune"},
     {"align"},
