@@ -26,6 +26,7 @@ from zero2hero.train.precision import MasterWeights
 from zero2hero.train.watch import Watcher
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LIBRARIES = 500 << 20  # bytes; below this their own hundred or so would drown a comparison
 
 
 def planned_run(shape: DecoderConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> Run:
@@ -76,8 +77,11 @@ class PeakMemory(Watcher):
         measured = self.measured()
         if measured is None:
             return f"peak memory: predicted {human_bytes(predicted)}; not measured on this system"
-        share = predicted / measured - 1
-        return f"peak memory: predicted {human_bytes(predicted)} ({share:+.0%}), measured {human_bytes(measured)}"
+        if measured < LIBRARIES:
+            note = ", and what Python and the libraries take, which weighs in so small a run"
+        else:
+            note = f" ({predicted / measured - 1:+.0%})"
+        return f"peak memory: measured {human_bytes(measured)}, predicted {human_bytes(predicted)}{note}"
 
 
 def _resident() -> dict[str, int]:
