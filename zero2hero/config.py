@@ -166,7 +166,7 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     kind: str = "bpe"  # bpe, char, wordpiece, unigram, or a directory or hub id whose tokenizer to use
-    vocab_size: int = 4096  # of a byte-pair tokenizer trained on the run's own text
+    vocab_size: int = 4096  # at most, of a tokenizer trained on the run's own text
     pattern: str = "llama3"  # how text is split before merging: llama3, gpt2, qwen2
 
 
@@ -275,12 +275,12 @@ class PretrainConfig:
     built-in stories, sums, pydoc; a list mixes several."""
     output_dir: str = "runs/pretrain"
     text_column: str | None = None  # of a table; found by itself when there is one candidate
-    on_bad_record: str = "raise"  # or skip
+    on_bad_record: str = "raise"  # a record that cannot be read is an error (raise), or is left out (skip)
     streaming: bool = False
     """Tokenize the text as it is read and store nothing: for text that fits neither the memory nor the disk twice.
     Needs train.max_steps."""
     validation_fraction: float = 0.05  # of the documents, kept out of training
-    resume: bool = False
+    resume: bool = False  # go on from the last checkpoint in output_dir, with the settings that the run began with
     precision: str = "auto"
     """fp32; bf16 and fp16 (both with fp32 master weights, fp16 with a loss scale too); auto: bf16 where this machine is
     faster with it, else fp32."""
@@ -288,6 +288,7 @@ class PretrainConfig:
     prompts: list[str] = field(default_factory=list)
     """Samples are written from these as training goes on; by default from held-out documents."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio, as in '[tensorboard, wandb]'; [] for none."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

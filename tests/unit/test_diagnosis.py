@@ -205,6 +205,7 @@ def test_a_run_ends_with_the_verdict_on_screen_and_on_its_page(tmp_path, monkeyp
     shown = capsys.readouterr().out
     assert "diagnosis: learning rate too low: The weights hardly move" in shown
     assert "Try: --train.learning_rate 1e-07 or more" in shown
+    assert shown.index("step 24/24") < shown.index("peak memory:") < shown.index("diagnosis:")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Learning rate too low" in page
     assert "<code>--train.learning_rate 1e-07</code>" in page

@@ -10,6 +10,7 @@ import torch
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.data.batches import Batch
 from zero2hero.models import Decoder, init_weights
+from zero2hero.progress import TrainingProgress
 from zero2hero.train.ema import WeightAverage
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import causal_lm
@@ -99,10 +100,11 @@ def test_the_average_resumes_bit_for_bit(tmp_path):
     assert all(torch.equal(value, second.average[name]) for name, value in straight.average.items())
 
 
-def test_early_stopping_keeps_the_average_of_the_best_step(tmp_path):
+def test_early_stopping_keeps_the_average_of_the_best_step_and_says_so(tmp_path, capsys):
     """The held-out loss is lowest at the second evaluation: the average of that step is what is left."""
     average, losses = WeightAverage(0.5), iter([3.0, 2.0, 2.5, 2.6])
-    trainer = make_trainer([average], output_dir=tmp_path, eval_steps=2, early_stopping_patience=2)
+    trainer = make_trainer([average], output_dir=tmp_path, max_steps=12, eval_steps=2, early_stopping_patience=2)
+    trainer.progress = TrainingProgress(12)
     seen = []
 
     def evaluate() -> dict[str, float]:
@@ -112,6 +114,7 @@ def test_early_stopping_keeps_the_average_of_the_best_step(tmp_path):
     trainer.evaluate = evaluate
     trainer.train()
     assert trainer.state.step == 8
+    assert "stopped early: no held-out loss since step 4 was better" in capsys.readouterr().out
     assert all(torch.equal(value, seen[1][name]) for name, value in average.average.items())
 
 

@@ -178,6 +178,8 @@ class Trainer:
                     self.save(self.metrics["eval_loss"] if evaluated else None)
                 if stop:
                     raise Stopped(stop)
+            if self.state.step < self.total_steps and self.progress:
+                self.progress.print(f"stopped early: no held-out loss since step {self.state.best_step} was better")
             if self.config.early_stopping_patience and self.evaluate:
                 self._restore_best()
             return self.metrics
@@ -198,7 +200,7 @@ class Trainer:
         torch.manual_seed(self._seed())
         total, weight = self._backward(batches)
         self.step_weight = weight
-        norm = self._finish_gradients(batches, total, weight)
+        norm = self._finish_gradients(weight)
         self.step_loss = total / weight
         overflow = math.isfinite(total) and self.masters.overflowed(norm)
         if not overflow:
@@ -246,7 +248,7 @@ class Trainer:
             )
         return total, weight
 
-    def _finish_gradients(self, batches: list[Any], total: float, weight: float) -> float:
+    def _finish_gradients(self, weight: float) -> float:
         """Divide once by the step's weight and clip; returns the norm before clipping."""
         gradients = self.masters.gradients
         torch._foreach_mul_(gradients, 1.0 / weight)

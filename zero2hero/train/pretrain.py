@@ -156,10 +156,10 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Lan
             peak_memory.begin(trainer.masters)
             with memory_explained(planned, free):
                 trainer.train()
-        if not divided:
-            progress.print(peak_memory.verdict(predict(planned).peak))
-        if ranks.is_main:
-            progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
+    if not divided:
+        progress.print(peak_memory.verdict(predict(planned).peak))
+    if ranks.is_main:
+        progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
     average.keep(trainer)
     lm = _whole(lm, trainer)
     if ranks.is_main:
