@@ -300,7 +300,11 @@ def _explain(message: str) -> str:
     found = re.search(r'key "([^"]+)".*?Expected an? (.+?)\. Got value: ([^\n]*)', message, re.S)
     if found:
         expected = found[2].replace("<class '", "").replace("'>", "")
-        return f"--{found[1]} takes {expected}, not {found[3].strip()!r}"
+        given = found[3].strip()
+        hint = f". As a list of one: --{found[1]} '[{given}]'" if expected == "list" else ""
+        return f"--{found[1]} takes {expected}, not {given!r}{hint}"
+    if message.startswith("Unexpected config"):  # and then all that is in the file
+        return "--config takes a YAML file of options, `name: value` on each line; this one holds something else"
     return " ".join(line.strip() for line in message.splitlines()[:3] if line.strip())
 
 

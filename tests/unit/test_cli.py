@@ -79,6 +79,7 @@ def test_a_configuration_survives_yaml():
         (["tokenizer"], "tokenizer train"),
         (["pretrain", "--train.max_stpes", "3"], "Did you mean '--train.max_steps'"),
         (["pretrain", "--train.max_steps", "many"], "--train.max_steps takes int"),
+        (["pretrain", "--prompts", "Once upon a time"], "--prompts '[Once upon a time]'"),
         (["pretrain", "--train.max_steps"], "needs a value"),
         (["pretrain", "--train.optim", "adamW"], "muon, adamw"),
         (["pretrain", "--model.hidden_size", "100", "--model.num_attention_heads", "6"], "not divisible"),
@@ -95,6 +96,9 @@ def test_mistakes_in_words(words, expected, capsys):
 def test_mistakes_in_data(tmp_path, book, capsys):
     out = ["--output_dir", tmp_path / "run", *SMALL]
     assert "book.txt" in fails(capsys, "pretrain", "--data", tmp_path / "bok.txt", *out)  # did you mean
+    message = fails(capsys, "pretrain", "--config", book)
+    assert "--config takes a YAML file of options" in message
+    assert "fox" not in message
     (tmp_path / "empty.txt").write_text("")
     assert "empty" in fails(capsys, "pretrain", "--data", tmp_path / "empty.txt", *out)
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
