@@ -131,7 +131,7 @@ def test_a_run_evaluates_and_leaves_the_average(tmp_path):
         tokenizer=TokenizerConfig(kind="char"), model=dataclasses.replace(MODEL, vocab_size=0), train=train,
     ))  # fmt: skip
     folder = folder_of(tmp_path / "run", 6)
-    average, own = read_tree(folder, "state")["state"]["watchers"]["weight_average"], read_weights(folder)
+    average, own = read_tree(folder, "state")["state"]["watchers"]["weight_average"], read_weights(folder, {})
     for name, value in lm.model.named_parameters():
         assert torch.equal(value.detach(), average[name])
     assert not torch.equal(average["embed_tokens.weight"], own["embed_tokens.weight"])
