@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ranks import difference, plain, together
 from runs import make
 from safetensors import safe_open
@@ -78,3 +79,22 @@ def test_each_rank_writes_its_part_and_nothing_is_pickled(tmp_path):
         assert max(sizes) < 1.5 * sum(sizes) / 4
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+def evaluated(ranks: Ranks, fsdp: bool) -> dict[str, Any]:
+    """Weights after six steps with an evaluation by the average in between."""
+    trainer = make(ranks, fsdp=fsdp, optim="sgd", learning_rate=0.1)
+    average = WeightAverage(0.9)
+    trainer.watchers.append(average)
+    for step in range(6):
+        if step == 3:
+            with average.applied(trainer), torch.no_grad():
+                trainer.objective(trainer.model, trainer.data(0)[0])
+        trainer.step()
+    return trainer.masters.gathered()
+
+
+def test_training_goes_on_with_its_own_weights_after_the_average_was_evaluated():
+    """What a divided model has gathered of the average is not used for the next step."""
+    alone, divided = plain(evaluated(ALONE, False)), together(2, evaluated, True)[0]
+    assert difference(divided, alone) < 1e-5

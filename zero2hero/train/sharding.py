@@ -118,9 +118,12 @@ class ShardedWeights(MasterWeights):
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
         self.ranks = ranks
         divided: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.copies = divided
+        self.gatherers = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.parameters = {name: nn.Parameter(p.detach().to_local()) for name, p in divided.items()}
         self.shared, self.divided = False, True  # gradients are moved by hooks
         self.loss_scale = None
@@ -154,7 +157,9 @@ class ShardedWeights(MasterWeights):
         return self.ranks.size // math.prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
 
     def publish(self) -> None:
-        """The memory is shared."""
+        """The memory is shared; but what was gathered of other values, for an evaluation, must not be used again."""
+        for module in self.gatherers:
+            module.reshard()
 
     def gathered(self) -> dict[str, Tensor]:
         """The whole weights, on the CPU; every rank must call it."""
