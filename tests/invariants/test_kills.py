@@ -27,7 +27,14 @@ import pytest
 
 STEPS, SAVE_STEPS = 640, 2  # more than all these processes do before they are killed
 RANDOM_MOMENTS = 20
-CHANGING = {"time", "tokens_per_second", "data_share", "peak_share", "machine"}  # in metrics.jsonl, from run to run
+CHANGING = {
+    "time",
+    "tokens_per_second",
+    "data_share",
+    "peak_share",
+    "machine",
+    "peak_memory",
+}  # in metrics.jsonl, from run to run
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "shutil.rmtree"}
 
 

@@ -15,7 +15,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def step(watcher: NoiseScale, gradients: list[torch.Tensor], weights: list[float]) -> None:
     """One step of micro-batches with these mean gradients over so many tokens."""
     total, weight = torch.zeros_like(gradients[0]), 0.0
-    trainer = SimpleNamespace(masters=SimpleNamespace(gradients=[total]), metrics={})
+    trainer = SimpleNamespace(
+        masters=SimpleNamespace(gradients=[total], divided=False),
+        config=SimpleNamespace(gradient_accumulation_steps=len(gradients)),
+        ranks=SimpleNamespace(data_size=1),
+        metrics={},
+    )
     for index, (gradient, tokens) in enumerate(zip(gradients, weights)):
         total += gradient * tokens
         weight += tokens

@@ -366,7 +366,8 @@ class Trainer:
         """Where the data of all ranks stand."""
         if not hasattr(self.data, "state_dict"):
             return {}
-        return merge_states(self.ranks.gather(self.data.state_dict()))
+        states = self.ranks.gather(self.data.state_dict())
+        return states[0] if len(states) == 1 else merge_states(states)
 
     def resume(self) -> int:
         """Take up the newest whole checkpoint; returns its step, 0 when there is none.
