@@ -18,6 +18,7 @@ BENCHMARKS = (
     "memory",
     "generation",
     "checkpoint",
+    "ranks",
     "loading",
     "shakespeare",
 )

@@ -401,8 +401,8 @@ class Trainer:
         return self.ranks.gather(find(self.output_dir) if self.output_dir and self.ranks.is_main else None)[0]
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self._asked_to_stop is not None:  # asked twice: now
-            raise KeyboardInterrupt
+        if self._asked_to_stop is not None and self.ranks.size == 1:  # asked twice: now
+            raise KeyboardInterrupt  # (not one of several ranks, which scheduler and torchrun may both have asked)
         self._asked_to_stop = number
         if self.progress:
             self.progress.print("stopping after this step; the run is saved and --resume continues it")

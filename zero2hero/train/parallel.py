@@ -12,8 +12,10 @@ Numbers that a person reads travel between CPUs (gloo), so that no GPU has to be
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,12 +86,13 @@ class Ranks:
         if self.size == 1:
             return
         with _talking(self):
-            flats = [(bucket, torch.cat([t.flatten() for t in bucket])) for bucket in _buckets(tensors)]
+            flats = [(b, b[0] if len(b) == 1 else torch.cat([t.flatten() for t in b])) for b in _buckets(tensors)]
             works = [dist.all_reduce(flat, group=self._group(over), async_op=True) for _, flat in flats]
             for (bucket, flat), work in zip(flats, works):
                 work.wait()
-                parts = flat.split([t.numel() for t in bucket])
-                torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket)])
+                if len(bucket) > 1:
+                    parts = flat.split([t.numel() for t in bucket])
+                    torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket)])
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank: anything that Python can send."""
@@ -170,6 +173,9 @@ def join(device: torch.device, tp_size: int = 1, timeout: int = 1800) -> Iterato
             yield ranks, device
             ranks.barrier()
     finally:
+        # a group that anything still refers to keeps its threads, and these may crash Python's exit
+        getattr(mesh, "_pg_registry", {}).clear()
+        atexit.register(gc.collect)
         dist.destroy_process_group()
 
 

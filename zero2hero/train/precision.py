@@ -41,9 +41,12 @@ class MasterWeights:
         self.parameters = {name: p.detach().float().clone() for name, p in self.copies.items()}
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        for name, copy in self.copies.items():
+        masters = self.parameters.values()  # their gradients lie side by side, to be zeroed and sent as one
+        self._flat = torch.zeros(sum(m.numel() for m in masters), device=next(iter(masters)).device)
+        parts = self._flat.split([m.numel() for m in masters])
+        for (name, copy), part in zip(self.copies.items(), parts):
             master = self.parameters[name]
-            master.grad = torch.zeros_like(master)
+            master.grad = part.view_as(master)
             copy.register_post_accumulate_grad_hook(lambda p, m=master: self._collect(p, m))
 
     def backward(self, loss: Tensor) -> None:
@@ -65,11 +68,11 @@ class MasterWeights:
         return self.loss_scale is not None and self.loss_scale.overflowed(norm)
 
     def zero_grad(self) -> None:
+        if not self.shared:
+            self._flat.zero_()
+            return
         for p in self.parameters.values():
-            if self.shared:
-                p.grad = None
-            else:
-                p.grad.zero_()  # type: ignore[union-attr]
+            p.grad = None
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -77,7 +80,7 @@ class MasterWeights:
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add up the gradients of all ranks."""
-        ranks.sum_(self.gradients)
+        ranks.sum_(self.gradients if self.shared else [self._flat])
 
     def norm(self) -> float:
         """Of all gradients together."""

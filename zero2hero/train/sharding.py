@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.errors import UserError
 from zero2hero.models.decoder import Decoder
-from zero2hero.nn.native import accumulate_
 from zero2hero.train.parallel import Ranks
 from zero2hero.train.precision import MasterWeights
 
@@ -125,18 +124,18 @@ class ShardedWeights(MasterWeights):
         self.copies = divided
         self.gatherers = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.parameters = {name: nn.Parameter(p.detach().to_local()) for name, p in divided.items()}
-        self.shared, self.divided = False, True  # gradients are moved by hooks
+        self.shared, self.divided = True, True
         self.loss_scale = None
         for name, copy in self.copies.items():
             master: Any = self.parameters[name]
-            master.whole, master.grad = copy, torch.zeros_like(master)
+            master.whole = copy
             copy.register_post_accumulate_grad_hook(functools.partial(self._add, master))
 
     @staticmethod
     def _add(master: Tensor, copy: Tensor) -> None:
         """A micro-batch's gradient, by now summed over the data ranks."""
-        assert master.grad is not None
-        accumulate_(master.grad, copy.grad.to_local())  # type: ignore[union-attr]
+        gradient = copy.grad.to_local()  # type: ignore[union-attr]
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         copy.grad = None
 
     def sum_over(self, ranks: Ranks) -> None:
