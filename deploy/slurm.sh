@@ -20,7 +20,7 @@
 
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # which reads all: head would break the pipe
 for ((i = 1; i < $#; i++)); do
   [[ ${!i} == --output_dir ]] && { next=$((i + 1)); output=${!next}; }
 done
