@@ -11,6 +11,7 @@ import torch
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.data.cache import Corpus
 from zero2hero.models import Decoder, init_weights
+from zero2hero.train.activation_checkpointing import checkpoint_blocks
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.parallel import ALONE, Ranks
@@ -55,6 +56,8 @@ def make(ranks: Ranks = ALONE, output_dir: Path | None = None, shape: dict[str, 
     config = TrainConfig(**defaults | settings)
     model = Decoder(DecoderConfig(**SHAPE | (shape or {})))
     init_weights(model)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
     parallelize(model, ranks, config, torch.float32)
     total, data = causal_data(ragged_corpus(), config, torch.device("cpu"), ranks.data_rank, ranks.data_size)
     return Trainer(model, causal_lm, data, config, total, output_dir, ranks=ranks, tracker=Record())  # type: ignore

@@ -78,7 +78,8 @@ def joint_linear(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     """Apply each projection to `x` [..., D]; the results equal calling them one after another."""
     biases = [getattr(p, "bias", None) for p in projections]
     some = [b for b in biases if b is not None]
-    plain = all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in projections)
+    plain = not torch.compiler.is_compiling()  # which joins products by itself, and cannot follow storage
+    plain &= all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in projections)
     if not plain or len(some) not in (0, len(biases)):
         return tuple(p(x) for p in projections)
     return _JointLinear.apply(x, len(projections), *(p.weight for p in projections), *some)

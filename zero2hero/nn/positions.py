@@ -111,6 +111,9 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: fl
         native.rotate(x, cos, sin, direction, out)
     elif direction == 0.0:
         out.copy_(x)
+    elif torch.compiler.is_compiling():  # which writes into no view
+        x1, x2 = x.chunk(2, -1)
+        out.copy_(torch.cat([x1 * cos - x2 * (sin * direction), x2 * cos + x1 * (sin * direction)], -1))
     else:
         (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
         torch.mul(x1, cos, out=out1)

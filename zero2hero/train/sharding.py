@@ -86,10 +86,10 @@ def fully_sharded(model: Decoder, ranks: Ranks, dtype: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def compile_blocks(model: Decoder) -> None:
+def compile_blocks(model: Decoder, **options: Any) -> None:
     """torch.compile of each block: one small graph, compiled once for all blocks of one shape."""
     for block in model.layers:
-        block.compile()
+        block.compile(**options)
 
 
 def whole_model(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
