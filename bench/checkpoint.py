@@ -22,13 +22,13 @@ LIMIT = 0.05
 def main() -> None:
     import torch
 
-    from zero2hero.config import QuickstartConfig
     from zero2hero.data.batches import Batch
     from zero2hero.models import Decoder, init_weights
+    from zero2hero.options import QuickstartConfig
     from zero2hero.quickstart import settings
     from zero2hero.train.loop import Trainer
     from zero2hero.train.objectives import causal_lm
-    from zero2hero.train.pretrain import choose_precision
+    from zero2hero.train.run import choose_precision
 
     quickstart = settings(QuickstartConfig(steps=SAVE_STEPS * SAVES))
     vocabulary, c = quickstart.tokenizer.vocab_size, quickstart.train

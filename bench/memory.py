@@ -40,7 +40,8 @@ def worker(name: str) -> None:
     from zero2hero.train.memory import PeakMemory, planned_run
     from zero2hero.train.memory_plan import predict
     from zero2hero.train.objectives import causal_lm
-    from zero2hero.train.pretrain import causal_data, choose_precision
+    from zero2hero.train.pretrain import causal_data
+    from zero2hero.train.run import choose_precision
 
     (width, layers, heads, vocabulary, rows), precision, checkpointing = CONFIGURATIONS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,7 @@ def worker() -> None:
     from zero2hero.train.loop import Trainer
     from zero2hero.train.objectives import causal_lm
     from zero2hero.train.parallel import join
-    from zero2hero.train.pretrain import choose_precision
+    from zero2hero.train.run import choose_precision
 
     with join(torch.device("cpu")) as (ranks, device):
         dtype, _ = choose_precision("auto", device)

@@ -57,7 +57,7 @@ class Race:
         from zero2hero.data.cache import split_documents, tokenize_to_cache
         from zero2hero.data.sources import open_source
         from zero2hero.tokenizer import Tokenizer
-        from zero2hero.train.pretrain import choose_precision
+        from zero2hero.train.run import choose_precision
 
         self.device = torch.device("cpu")
         self.dtype, _ = choose_precision("auto", self.device)

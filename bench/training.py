@@ -56,7 +56,7 @@ def _ours(name: str, width: int, layers: int, heads: int, ids):
     from zero2hero.models import Decoder, init_weights
     from zero2hero.train.loop import Trainer
     from zero2hero.train.objectives import causal_lm
-    from zero2hero.train.pretrain import choose_precision
+    from zero2hero.train.run import choose_precision
 
     dtype, _ = choose_precision("fp32" if name.endswith("fp32") else "auto", torch.device("cpu"))
     model = Decoder(DecoderConfig(**_shape(width, layers, heads)))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
-import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +32,8 @@ class MoEConfig:
     dense_layers: list[int] = field(default_factory=list)  # layers that keep a single feed-forward
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "num_experts", "intermediate_size", "router_aux_loss_coef")
-        _at_least(self, 1, "num_experts_per_tok")
+        at_least(self, 0, "num_experts", "intermediate_size", "router_aux_loss_coef")
+        at_least(self, 1, "num_experts_per_tok")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
@@ -83,15 +81,15 @@ class DecoderConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        _at_least(self, 0, "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size", "dropout", "norm_eps",
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        at_least(self, 0, "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size", "dropout", "norm_eps",
                   "rope_theta", "initializer_range")  # fmt: skip
-        _below(self, 1, "dropout")
+        below(self, 1, "dropout")
         if self.sliding_window is not None:
-            _at_least(self, 1, "sliding_window")
-        _one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
-        _one_of(self, "norm", ("rmsnorm", "layernorm", "rmsnorm_offset"))
-        _one_of(self, "feedforward", ("swiglu", "geglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
+            at_least(self, 1, "sliding_window")
+        one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
+        one_of(self, "norm", ("rmsnorm", "layernorm", "rmsnorm_offset"))
+        one_of(self, "feedforward", ("swiglu", "geglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
@@ -228,7 +226,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self,
             1,
             "per_device_train_batch_size",
@@ -239,17 +237,17 @@ class TrainConfig:
             "tp_size",
             "ddp_timeout",
         )
-        _at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
+        at_least(self, 0, "max_steps", "eval_steps", "save_steps", "sample_steps", "early_stopping_patience",
                   "keep_best", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate",
                   "num_train_epochs", "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale",
                   "head_lr_scale", "l1_penalty", "label_smoothing_factor", "momentum", "power",
                   "ema_decay")  # fmt: skip
-        _below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
+        below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
         if self.activation_offload and not self.gradient_checkpointing:
             raise UserError("train.activation_offload moves what train.gradient_checkpointing keeps: set both")
-        _one_of(self, "optim", OPTIMIZERS)
-        _one_of(self, "lr_scheduler_type", SCHEDULES)
-        _one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))
+        one_of(self, "optim", OPTIMIZERS)
+        one_of(self, "lr_scheduler_type", SCHEDULES)
+        one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))
         if self.max_steps == 0 and self.num_train_epochs <= 0:
             raise UserError("set train.max_steps, or train.num_train_epochs above 0")
         if any(not 0 < share < 1 for share in self.length_schedule) or sum(self.length_schedule) >= 1:
@@ -263,11 +261,33 @@ class TrainConfig:
 
 OPTIMIZERS = ("muon", "adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class RunConfig:
+    """What every run that trains has; see train/run.py."""
+
+    output_dir: str = "runs/run"
+    resume: bool = False  # go on from the last checkpoint in output_dir, with the settings that the run began with
+    precision: str = "auto"
+    """fp32; bf16 and fp16 (both with fp32 master weights, fp16 with a loss scale too); auto: bf16 where this machine is
+    faster with it, else fp32."""
+    device: str = "auto"  # cpu, cuda, mps
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio, as in '[tensorboard, wandb]'; [] for none."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self, "precision", PRECISIONS)
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise UserError(f"report_to knows {', '.join(TRACKERS)}, not {name!r}.{did_you_mean(name, TRACKERS)}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
     """`zero2hero pretrain`: raw text in, a language model out."""
 
     data: str | list[str] = "stories"
@@ -280,22 +300,14 @@ class PretrainConfig:
     """Tokenize the text as it is read and store nothing: for text that fits neither the memory nor the disk twice.
     Needs train.max_steps."""
     validation_fraction: float = 0.05  # of the documents, kept out of training
-    resume: bool = False  # go on from the last checkpoint in output_dir, with the settings that the run began with
-    precision: str = "auto"
-    """fp32; bf16 and fp16 (both with fp32 master weights, fp16 with a loss scale too); auto: bf16 where this machine is
-    faster with it, else fp32."""
-    device: str = "auto"  # cpu, cuda, mps
     prompts: list[str] = field(default_factory=list)
     """Samples are written from these as training goes on; by default from held-out documents."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio, as in '[tensorboard, wandb]'; [] for none."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _one_of(self, "precision", PRECISIONS)
-        _one_of(self, "on_bad_record", ("raise", "skip"))
+        super().__post_init__()
+        one_of(self, "on_bad_record", ("raise", "skip"))
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"validation_fraction is a share of the documents in (0, 1), not {self.validation_fraction}"
@@ -309,127 +321,20 @@ class PretrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class PlanLearningRateConfig(PretrainConfig):
-    """`zero2hero plan lr`: the options of the run that is planned, and how to try learning rates."""
-
-    min_learning_rate: float = 1e-5  # where the trial begins
-    max_learning_rate: float = 1.0  # where it ends, unless the loss explodes before
-    steps: int = 100  # of the trial
-    plot: str = "learning_rate.png"  # where the curve is drawn
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 10, "steps")
-        if not 0 < self.min_learning_rate < self.max_learning_rate < math.inf:
-            raise UserError("min_learning_rate must be above 0 and below max_learning_rate")
-        if self.streaming:
-            raise UserError("plan lr reads text that it stores: leave out --streaming and give it a part of the data")
-        if self.train.learning_rate == 0:
-            raise UserError("train.learning_rate 0 trains nothing, so there is nothing to plan")
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """`zero2hero quickstart`: the whole road in minutes, on built-in text."""
-
-    output_dir: str = "runs/quickstart"
-    stories: int = 40_000  # built-in stories to learn from
-    steps: int = 1120  # optimizer steps
-    seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-    force: bool = False  # train anew although output_dir already holds a finished run
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-        _at_least(self, 100, "stories")
-        _one_of(self, "precision", PRECISIONS)
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """`zero2hero generate MODEL PROMPT`."""
-
-    model: str  # a run, a Hugging Face directory, or a hub id
-    prompt: str = ""  # the text to continue; empty begins a new one
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 always takes the likeliest token
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # end when one of these is written
-    num_return_sequences: int = 1
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None  # fp32 or bf16; as stored by default
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """`zero2hero convert IN OUT`."""
-
-    source: str  # a folder with pytorch_model.bin, or a llama2.c file
-    output_dir: str  # the folder to write
-
-
-@dataclass(frozen=True)
-class RunPipelineConfig:
-    """`zero2hero run-pipeline TASK TEXT`."""
-
-    task: str  # fill-mask, ner, text-generation, ...: an unknown one lists them
-    model: str  # a run, a Hugging Face directory, or a hub id
-    text: str = ""  # the input; where a task takes an object, JSON such as '{"question": "...", "context": "..."}'
-    file: str | None = None  # inputs instead, one a line, in a .jsonl file as JSON; the results are JSON lines
-    settings: dict[str, Any] = field(default_factory=dict)  # of the task, such as '{top_k: 3}'
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: str | None = None  # fp32 or bf16; as stored by default
-
-    def __post_init__(self) -> None:
-        if bool(self.text) == bool(self.file):
-            raise UserError("give a text, or --file with a text on each line")
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """`zero2hero tokenizer train`."""
-
-    data: str | list[str] = "stories"
-    output_dir: str = "runs/tokenizer"
-    vocab_size: int = 4096
-    kind: str = "bpe"  # bpe, char, wordpiece (BERT's), unigram (T5's)
-    pattern: str = "llama3"  # llama3, gpt2, qwen2
-    text_column: str | None = None
-    on_bad_record: str = "raise"
-
-    def __post_init__(self) -> None:
-        _one_of(self, "kind", TOKENIZER_KINDS)
-
-
-@dataclass(frozen=True)
-class TokenizerEncodeConfig:
-    """`zero2hero tokenizer encode TOKENIZER TEXT`."""
-
-    tokenizer: str  # a directory or a hub id
-    text: str
-
-
-def _at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value >= least or math.isinf(value):
             raise UserError(f"{name} must be at least {least}, not {value}")
 
 
-def _below(config: Any, limit: float, *names: str) -> None:
+def below(config: Any, limit: float, *names: str) -> None:
     for name in names:
         if not getattr(config, name) < limit:
             raise UserError(f"{name} must be below {limit}, not {getattr(config, name)}")
 
 
-def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
+def one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in known:
         raise UserError(f"{name} is one of {', '.join(known)}, not {value!r}.{did_you_mean(str(value), known)}")
@@ -482,44 +387,3 @@ def fingerprint(config: Any) -> str:
         return {key: decisive(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
     return hashlib.sha256(json.dumps(decisive(to_dict(config)), sort_keys=True).encode()).hexdigest()
-
-
-# --- what the command line shows of a configuration -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: its dotted name, type and default for people, and the comment beside the field above."""
-
-    name: str
-    kind: str
-    default: str
-    help: str
-    flag: bool
-
-
-def describe(kind: Any, prefix: str = "") -> list[Option]:
-    """Every option of a configuration class. Help texts are the comments and docstrings of its fields."""
-    hints, notes, options = typing.get_type_hints(kind), _notes(kind), []
-    for f in sorted(dataclasses.fields(kind), key=lambda f: dataclasses.is_dataclass(hints[f.name])):
-        if f.metadata == NO_OPTION:
-            continue
-        hint = hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            options += describe(hint, f"{prefix}{f.name}.")
-            continue
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        required = default is dataclasses.MISSING
-        shown = "required" if required else f"default {'none' if default in (None, [], '') else default}"
-        kind_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        options.append(Option(prefix + f.name, kind_name, shown, notes.get(f.name, ""), hint is bool))
-    return options
-
-
-def _notes(kind: Any) -> dict[str, str]:
-    """The comment at the end of each field's line, or the docstring below it."""
-    source = "".join(inspect.getsource(each) for each in inspect.getmro(kind) if dataclasses.is_dataclass(each))
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    for name, text in re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, re.M | re.S):
-        notes[name] = " ".join(text.split())
-    return notes

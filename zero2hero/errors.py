@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read.
+"""The exception that users are meant to read, and the one that ends a run which was asked to stop.
 
 Anything a person can mend (a wrong path, a misspelt option, a model that does not fit) is raised as
 `UserError` with a message that says what was wrong, where, and what to do next. The command line prints
@@ -13,6 +13,13 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Input or environment that the user can put right."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it saved first. `signal_number`: SIGINT or SIGTERM."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero2hero.config import NO_OPTION, DecoderConfig, _at_least, _below, _one_of
+from zero2hero.config import NO_OPTION, DecoderConfig, at_least, below, one_of
 from zero2hero.errors import UserError
 
 TASKS = ("features", "masked_lm", "sequence_classification", "token_classification", "question_answering")
@@ -41,13 +41,13 @@ class EncoderConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "type_vocab_size")
-        _at_least(self, 0, "vocab_size", "intermediate_size", "norm_eps", "hidden_dropout_prob", "initializer_range",
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "type_vocab_size")
+        at_least(self, 0, "vocab_size", "intermediate_size", "norm_eps", "hidden_dropout_prob", "initializer_range",
                   "attention_probs_dropout_prob", "position_offset")  # fmt: skip
-        _at_least(self, self.position_offset + 1, "max_position_embeddings")
-        _below(self, 1, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        _one_of(self, "feedforward", PLAIN_ACTIVATIONS)
-        _one_of(self, "task", TASKS)
+        at_least(self, self.position_offset + 1, "max_position_embeddings")
+        below(self, 1, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        one_of(self, "feedforward", PLAIN_ACTIVATIONS)
+        one_of(self, "task", TASKS)
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -96,15 +96,15 @@ class EncoderDecoderConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        _at_least(self, 4, "relative_attention_num_buckets")
-        _at_least(self, self.relative_attention_num_buckets // 2 + 1, "relative_attention_max_distance")
-        _at_least(self, 0, "vocab_size", "source_vocab_size", "num_decoder_layers", "head_dim", "intermediate_size",
+        at_least(self, 1, "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        at_least(self, 4, "relative_attention_num_buckets")
+        at_least(self, self.relative_attention_num_buckets // 2 + 1, "relative_attention_max_distance")
+        at_least(self, 0, "vocab_size", "source_vocab_size", "num_decoder_layers", "head_dim", "intermediate_size",
                   "norm_eps", "dropout", "initializer_range")  # fmt: skip
-        _below(self, 1, "dropout")
-        _one_of(self, "position", ("relative", "sinusoidal"))
-        _one_of(self, "norm", ("rmsnorm", "layernorm"))
-        _one_of(self, "feedforward", ("swiglu", "geglu", *PLAIN_ACTIVATIONS))
+        below(self, 1, "dropout")
+        one_of(self, "position", ("relative", "sinusoidal"))
+        one_of(self, "norm", ("rmsnorm", "layernorm"))
+        one_of(self, "feedforward", ("swiglu", "geglu", *PLAIN_ACTIVATIONS))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "
@@ -150,8 +150,8 @@ class VisionConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "image_size", "patch_size", "num_channels")
-        _one_of(self, "task", ("image_classification", "features", "attention", "none"))
+        at_least(self, 1, "image_size", "patch_size", "num_channels")
+        one_of(self, "task", ("image_classification", "features", "attention", "none"))
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
@@ -204,8 +204,8 @@ class VisionTextConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "projection_dim")
-        _one_of(self, "loss", ("softmax", "sigmoid"))
+        at_least(self, 1, "projection_dim")
+        one_of(self, "loss", ("softmax", "sigmoid"))
         if self.loss == "sigmoid" and self.projection_dim != self.vision_config.hidden_size:
             raise UserError(
                 f"projection_dim {self.projection_dim} should be the image model's hidden_size, "
@@ -238,8 +238,8 @@ class VisionLanguageConfig:
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
-        _one_of(self, "projector_hidden_act", PLAIN_ACTIVATIONS)
-        _one_of(self, "vision_feature_select_strategy", ("default", "full"))
+        one_of(self, "projector_hidden_act", PLAIN_ACTIVATIONS)
+        one_of(self, "vision_feature_select_strategy", ("default", "full"))
         layers = self.vision_config.num_hidden_layers
         if not self.feature_layers or not all(-layers - 1 <= i <= layers for i in self.feature_layers):
             raise UserError(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zero2hero.config import DecoderConfig, PretrainConfig, QuickstartConfig, TokenizerConfig, TrainConfig
+from zero2hero.config import DecoderConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from zero2hero.io import locked
+from zero2hero.options import QuickstartConfig
 
 NEXT = """
 Your model is in {directory}: an ordinary Hugging Face directory, which transformers opens too.

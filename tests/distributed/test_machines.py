@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zero2hero.config import PretrainConfig, describe
+from zero2hero.command_line import describe
+from zero2hero.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

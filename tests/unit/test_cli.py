@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from zero2hero.cli import VERBS, main
-from zero2hero.config import PretrainConfig, describe, from_dict, to_yaml
+from zero2hero.command_line import describe
+from zero2hero.config import PretrainConfig, from_dict, to_yaml
 
 SMALL = [
     "--train.max_steps", "4", "--train.max_length", "32", "--train.per_device_train_batch_size", "4",

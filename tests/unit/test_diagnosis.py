@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from zero2hero.config import DecoderConfig, PretrainConfig, TokenizerConfig, TrainConfig, describe
+from zero2hero.command_line import describe
+from zero2hero.config import DecoderConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from zero2hero.data.batches import Batch, evaluation_windows
 from zero2hero.data.cache import Corpus
 from zero2hero.data.worlds import world

@@ -8,9 +8,11 @@ import os
 import numpy as np
 import pytest
 
-from zero2hero.cli import main
-from zero2hero.config import DecoderConfig, PlanLearningRateConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from zero2hero.cli import VERBS, main
+from zero2hero.command_line import parse
+from zero2hero.config import DecoderConfig, TokenizerConfig, TrainConfig
 from zero2hero.errors import UserError
+from zero2hero.options import PlanLearningRateConfig
 from zero2hero.plan import learning_rate
 from zero2hero.plan.learning_rate import BELOW_BEST, command, suggest
 
@@ -68,9 +70,7 @@ def test_the_command_to_type_next_is_the_planned_run(small):
     assert "--train.max_steps 500" in words
     assert "--model.hidden_size 32" in words
     assert "--steps" not in words
-    from zero2hero.cli import parse
-
-    read = parse("pretrain", PretrainConfig, words.split()[2:], [])
+    read = parse("pretrain", VERBS["pretrain"], words.split()[2:])
     assert (read.train.learning_rate, read.model, read.tokenizer) == (0.004, small.model, small.tokenizer)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from zero2hero import quickstart
-from zero2hero.cli import parse
-from zero2hero.config import PretrainConfig, QuickstartConfig, differences, to_dict
+from zero2hero.cli import VERBS
+from zero2hero.command_line import parse
+from zero2hero.config import PretrainConfig, differences, to_dict
+from zero2hero.options import QuickstartConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def read(path: Path, *more: str) -> PretrainConfig:
-    return parse("pretrain", PretrainConfig, ["--config", str(path), *more], ["zero2hero pretrain"])
+    verb = re.search(r"zero2hero (.+?) --config", path.read_text())[1]
+    return parse(verb, VERBS[verb], ["--config", str(path), *more])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

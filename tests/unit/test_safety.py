@@ -109,21 +109,21 @@ def test_every_file_says_what_it_is(name):
 # Lowest first; a module may import from its own floor and from those below. `""`: the files beside the folders.
 FLOORS = [
     {"errors", "__init__"},
-    {"io", "config", "model_configs", "progress", "fetch"},
+    {"io", "config", "options", "model_configs", "progress", "fetch"},
     {"device", "machine"},
     {"nn"},
     {"tokenizer", "data", "models"},
+    {"tune"},
     {"generate"},
     {"language_model", "pipelines"},
     {"train"},
-    {"tune"},
     {"align"},
     {"evaluate", "plan"},
     {"hub"},
     {"serve"},
     {"studio", "learn"},
     {"quickstart"},
-    {"cli", "__main__"},
+    {"command_line", "cli", "__main__"},
 ]
 # What a verb runs lives beside what it is about, and is called by the command line alone: it stands just below it.
 COMMANDS = {name for name in MODULES if name.endswith(".command")}

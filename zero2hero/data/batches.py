@@ -55,6 +55,11 @@ class Batch:
         return replace(self, **moved)
 
     @property
+    def num_tokens(self) -> int:
+        """Inputs, padding included: what speed is measured by."""
+        return self.ids_BT.shape[0] * self.ids_BT.shape[1]
+
+    @property
     def crosses_documents(self) -> bool:
         """Does any row hold more than one document? If not, plain causal attention is right as it is."""
         return bool((self.document_ids_BT[:, -1] > 0).any())

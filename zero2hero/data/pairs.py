@@ -29,6 +29,11 @@ class Seq2SeqBatch:
     targets_BT: Any
     attention_mask_BS: Any = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Inputs of encoder and decoder, padding included."""
+        return sum(ids.shape[0] * ids.shape[1] for ids in (self.ids_BS, self.decoder_ids_BT))
+
     def to(self, device: Any) -> Seq2SeqBatch:
         """The same batch as torch tensors on `device`."""
         import torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zero2hero.config import GenerateConfig
 from zero2hero.language_model import load
+from zero2hero.options import GenerateConfig
 
 
 def run(config: GenerateConfig) -> None:

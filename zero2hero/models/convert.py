@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zero2hero.config import ConvertConfig
 from zero2hero.errors import UserError
 from zero2hero.io import saving
 from zero2hero.models.checkpoint import SINGLE, from_pretrained, read_json, save_pretrained, save_tensors
 from zero2hero.models.llama2c import read_llama2c
+from zero2hero.options import ConvertConfig
 
 OLD, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BESIDE = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "vocab.*", "merges.txt")

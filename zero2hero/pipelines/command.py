@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zero2hero.config import RunPipelineConfig
 from zero2hero.errors import UserError
+from zero2hero.options import RunPipelineConfig
 from zero2hero.pipelines import Pipeline, pipeline
 
 

@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from zero2hero.config import PlanLearningRateConfig, PretrainConfig, differences, to_dict
+from zero2hero.config import PretrainConfig, differences, to_dict
 from zero2hero.data.cache import split_documents, tokenize_to_cache
 from zero2hero.data.sources import open_source
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
 from zero2hero.models.decoder import Decoder, init_weights
+from zero2hero.options import PlanLearningRateConfig
 from zero2hero.progress import track
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import Loss, causal_lm
 from zero2hero.train.plots import smoothed
-from zero2hero.train.pretrain import causal_data, choose_precision, fit_shape, get_tokenizer
+from zero2hero.train.pretrain import causal_data, fit_shape, get_tokenizer
+from zero2hero.train.run import choose_precision
 from zero2hero.train.watch import Watcher
 
 BELOW_BEST = 5.0  # the suggestion is the rate of the lowest loss divided by this

@@ -16,7 +16,7 @@ from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.memory import planned_run
 from zero2hero.train.memory_advice import free_memory, needing_less
 from zero2hero.train.memory_plan import PARTS, Plan, Run, predict
-from zero2hero.train.pretrain import choose_precision
+from zero2hero.train.run import choose_precision
 
 
 def run(config: PretrainConfig) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zero2hero.config import TokenizerEncodeConfig, TokenizerTrainConfig
 from zero2hero.data.sources import open_source
+from zero2hero.options import TokenizerEncodeConfig, TokenizerTrainConfig
 from zero2hero.progress import track
 from zero2hero.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from zero2hero.config import TrainConfig, fingerprint
 from zero2hero.data.streaming import merge_states
-from zero2hero.errors import UserError
+from zero2hero.errors import Stopped, UserError
 from zero2hero.progress import TrainingProgress
 from zero2hero.train import bad_steps, checkpoint
 from zero2hero.train.checkpoint import folder_of, random_state, set_random_state
@@ -42,13 +42,6 @@ from zero2hero.train.schedule import learning_rate_factor
 from zero2hero.train.sharding import master_weights
 from zero2hero.train.tracking import Tracker
 from zero2hero.train.watch import Watcher
-
-
-class Stopped(Exception):
-    """The run was asked to stop; it saved first. `signal_number`: SIGINT or SIGTERM."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -82,7 +75,7 @@ class Trainer:
     Args:
         model: hidden states and logits; already on its device.
         objective: what to minimize.
-        data: step -> this rank's micro-batches of that step, each with `ids_BT` (torch, on the model's device).
+        data: step -> this rank's micro-batches of that step, on the model's device, each knows its `num_tokens`.
         config: the loop's settings.
         total_steps: optimizer steps in all.
         output_dir: checkpoints go below it.
@@ -230,7 +223,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             loss = self.objective(self.model, batch)
             self.masters.backward(loss.sum)
-            parts = {"loss": loss.sum.detach(), "weight": loss.weight, "tokens": batch.ids_BT.numel()} | loss.metrics
+            parts = {"loss": loss.sum.detach(), "weight": loss.weight, "tokens": batch.num_tokens} | loss.metrics
             numbers = {name: float(value) for name, value in parts.items()}
             sums = {name: sums.get(name, 0.0) + number for name, number in numbers.items()}
             self.micro_batch_losses.append(numbers["loss"] / max(1.0, numbers["weight"]))
@@ -317,9 +310,9 @@ class Trainer:
         if self.tracker:
             self.tracker.log(state.step, found)
         if self.progress:
-            self.progress.print(
-                f"step {state.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.2f}"
-            )
+            others = {name.removeprefix("eval_"): value for name, value in found.items() if name != "eval_loss"}
+            words = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in others.items())
+            self.progress.print(f"step {state.step}: held-out loss {loss:.4f}{words}")
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience

@@ -13,54 +13,31 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from zero2hero import machine
-from zero2hero.config import (
-    MAY_CHANGE,
-    TOKENIZER_KINDS,
-    DecoderConfig,
-    PretrainConfig,
-    TrainConfig,
-    differences,
-    fingerprint,
-    to_dict,
-    to_yaml,
-)
+from zero2hero.config import TOKENIZER_KINDS, DecoderConfig, PretrainConfig, TrainConfig
 from zero2hero.data.batches import Batch, Batches, evaluation_windows
 from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
 from zero2hero.data.sources import Source, open_source
 from zero2hero.data.streaming import Stream, StreamingBatches
-from zero2hero.device import pick_device
-from zero2hero.errors import UserError
+from zero2hero.errors import UserError, did_you_mean
 from zero2hero.generate.fast import forget
-from zero2hero.io import atomic_write, locked
 from zero2hero.language_model import LanguageModel, save
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.families import family_to_write
 from zero2hero.models.ngram import NGram
 from zero2hero.nn.logprobs import nll_sum
-from zero2hero.progress import TrainingProgress, track
+from zero2hero.progress import human_count, track
 from zero2hero.tokenizer import Tokenizer
-from zero2hero.train.activation_checkpointing import checkpoint_blocks
-from zero2hero.train.diagnosis import Diagnosis, diagnose, verdict
-from zero2hero.train.ema import WeightAverage
-from zero2hero.train.loop import Trainer
-from zero2hero.train.memory import PeakMemory, memory_explained, planned_run, warning
-from zero2hero.train.memory_advice import free_memory
-from zero2hero.train.memory_plan import predict
-from zero2hero.train.noise_scale import NoiseScale
+from zero2hero.train.memory import planned_run
 from zero2hero.train.objectives import Objective, causal_lm, with_balanced_experts
-from zero2hero.train.parallel import ALONE, Ranks, join
-from zero2hero.train.report import write_report
-from zero2hero.train.sharding import parallelize, whole_model
-from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
-from zero2hero.train.vitals import Vitals
+from zero2hero.train.parallel import ALONE, Ranks
+from zero2hero.train.run import Place, Sample, Task, run
 
 TOKENIZER_CHARACTERS = 20_000_000  # of text to train a tokenizer on; more changes its merges no further
 NGRAM_ORDER = 3
@@ -76,119 +53,60 @@ def pretrain(config: PretrainConfig) -> LanguageModel:
         UserError: anything in the data or settings that a person can mend.
         Stopped: asked to stop by a signal; `resume` continues.
     """
-    train = config.train
-    with (
-        join(pick_device(config.device), train.tp_size, train.ddp_timeout) as (ranks, device),
-        locked(config.output_dir) if ranks.is_main else nullcontext(),
-    ):
-        return _pretrain(config, ranks, device)
+    model = run(config, functools.partial(_begin, config))
+    return LanguageModel(model, Tokenizer.from_pretrained(config.output_dir))  # type: ignore[arg-type]
 
 
-def _pretrain(config: PretrainConfig, ranks: Ranks, device: torch.device) -> LanguageModel:
-    output_dir = Path(config.output_dir)
-    with ranks.first_on_each_machine():
-        dtype, peak = choose_precision(config.precision, device)
-        if ranks.is_main:
-            _check_directory(output_dir, config)
+def _begin(config: PretrainConfig, place: Place) -> Task:
+    train, device = config.train, place.device
+    with place.ranks.first_on_each_machine():
         source = open_source(config.data, text_column=config.text_column, on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
-                             seed=config.train.seed)  # fmt: skip
+                             seed=train.seed)  # fmt: skip
         tokenizer = get_tokenizer(config, source)
         shape = fit_shape(config.model, tokenizer)
         family_to_write(shape)  # a shape that nobody else could open is refused before hours of work
-        rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks.data_size
-        made_with = {"settings": fingerprint(config), "tokenizer": tokenizer.fingerprint, "rows per step": str(rows)}
+        made_with = {"tokenizer": tokenizer.fingerprint}
         if config.streaming:  # it knows its shards by itself
             stream = Stream(
-                source, tokenizer, config.validation_fraction, config.train.seed, skip=config.on_bad_record == "skip"
+                source, tokenizer, config.validation_fraction, train.seed, skip=config.on_bad_record == "skip"
             )
             training, held_out = stream.sample()
         else:
             cache = tokenize_to_cache(source, tokenizer)
             made_with["data"] = cache.folder.name
-            training, held_out = split_documents(cache, config.validation_fraction, config.train.seed)
-        if ranks.is_main:
-            _start_directory(output_dir, config, tokenizer)
-    planned, free = planned_run(shape, config.train, dtype, device), free_memory(str(device))
+            training, held_out = split_documents(cache, config.validation_fraction, train.seed)
+        if place.ranks.is_main:  # for --resume
+            tokenizer.save_pretrained(config.output_dir, model_max_length=config.model.max_position_embeddings)
     model = Decoder(shape)
-    init_weights(model, config.train.seed)
-    ranks.copy_from_main(model.parameters())
-    if config.train.gradient_checkpointing:
-        checkpoint_blocks(model, config.train.activation_offload)
-        machine.keep_memory(False)
-    parallelize(model, ranks, config.train, dtype).to(device)
-    part = (ranks.data_rank, ranks.data_size)
+    init_weights(model, train.seed)
     total_steps, data = (
-        streamed_data(stream, config.train, device, *part)
+        streamed_data(stream, train, device, *place.part)
         if config.streaming
-        else causal_data(training, config.train, device, *part)
+        else causal_data(training, train, device, *place.part)
     )
-    average = WeightAverage(config.train.ema_decay)
-    objective: Objective = functools.partial(causal_lm, label_smoothing=config.train.label_smoothing_factor)
-    if (moe := config.model.moe).num_experts:
-        objective = with_balanced_experts(objective, moe.num_experts_per_tok, moe.router_aux_loss_coef)
-    with TrainingProgress(total_steps) as progress:
-        evaluate = evaluation(model, held_out, config.train, device, tokenizer, ranks)
-        peak_memory = PeakMemory(device)
-        trainer = Trainer(
-            model, objective, data, config.train, total_steps, output_dir, dtype=dtype, evaluate=evaluate,
-            progress=progress, peak_flops=peak * ranks.size, ranks=ranks,
-            flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(config.train, total_steps, step)[0]),
-            watchers=[
-                Vitals(), Diagnosis(output_dir, {"vocab_size": shape.vocab_size}, progress.print), peak_memory,
-                *([average] if config.train.ema_decay else []),
-                NoiseScale(),
-            ],
-            made_with=made_with, describe=lambda batch: what_is_in(batch, tokenizer),
-        )  # fmt: skip
-        resumed = trainer.resume() if config.resume else 0
-        lm = LanguageModel(model, tokenizer, shape)
-        _announce(progress, config, shape, training, held_out, dtype, resumed, total_steps, ranks)
-        with _record(config, trainer, resumed) as tracker:
-            trainer.tracker = tracker
-            trainer.sample = average.around(trainer, sampler(lm, config, held_out, trainer, progress))
-            trainer.evaluate = evaluate and average.around(trainer, evaluate)
-            if tracker is not None and not resumed:
-                tracker.record(0, machine=describe_machine())
-                tracker.log(0, ngram_baseline(training, held_out, tokenizer.vocab_size))
-            divided = trainer.masters.divided  # the plan is for one device
-            if not divided and (words := warning(planned, free)):
-                progress.print(words)
-            peak_memory.begin(trainer.masters)
-            with memory_explained(planned, free):
-                trainer.train()
-    if not divided:
-        progress.print(peak_memory.verdict(predict(planned).peak))
-    if ranks.is_main:
-        progress.print(verdict(diagnose(read_metrics(output_dir), {"vocab_size": shape.vocab_size})))
-    average.keep(trainer)
-    lm = _whole(lm, trainer)
-    if ranks.is_main:
-        save(lm, output_dir)
-        write_report(output_dir)
-    return lm
-
-
-def _record(config: PretrainConfig, trainer: Trainer, resumed: int) -> AbstractContextManager[Tracker | None]:
-    """The run's tracker, on the main rank."""
-    if not trainer.ranks.is_main:
-        return nullcontext()
-    others = [name for name in config.report_to if name != "tensorboard"]
-    return Tracker(
-        config.output_dir, "tensorboard" in config.report_to, resumed or None, others, trainer.tracker_state
+    amount = "a stream" if config.streaming else f"{human_count(training.num_tokens)} tokens"
+    return Task(
+        model, language_objective(shape, train.label_smoothing_factor), total_steps, data,
+        save=lambda model: save(LanguageModel(model, tokenizer), config.output_dir),  # type: ignore[arg-type]
+        announce=f"{amount} to learn from, {human_count(held_out.num_tokens)} tokens held out; vocabulary "
+        f"{shape.vocab_size}; {human_count(shape.num_matrix_parameters)} matrix weights",
+        evaluate=evaluation(model, held_out, train, device, tokenizer, place.ranks),
+        sample=sampler(tokenizer, config.prompts or held_out_prompts(held_out, tokenizer), train),
+        baseline=lambda: ngram_baseline(training, held_out, tokenizer.vocab_size),
+        made_with=made_with,
+        describe=lambda batch: what_is_in(batch, tokenizer),
+        facts={"vocab_size": shape.vocab_size},
+        flops_per_token=lambda step: shape.training_flops_per_token(_phase_of(train, total_steps, step)[0]),
+        planned=planned_run(shape, train, place.dtype, device),
     )  # fmt: skip
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, float]:
-    """The dtype to compute in, and this machine's measured matmul peak in it (FLOP/s; 0 when not measured)."""
-    if device.type != "cpu":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        chosen = name if name != "auto" else "bf16" if bf16 else "fp32"
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen], 0.0
-    found = machine.prepare()
-    if name == "fp16":
-        return torch.float16, 0.0
-    bf16 = name == "bf16" or (name == "auto" and found.bf16_pays)
-    return (torch.bfloat16, found.bf16_flops) if bf16 else (torch.float32, found.fp32_flops)
+def language_objective(shape: DecoderConfig, label_smoothing: float = 0.0) -> Objective:
+    """Next-token prediction, with the balance of experts where there are some."""
+    objective: Objective = functools.partial(causal_lm, label_smoothing=label_smoothing)
+    if (moe := shape.moe).num_experts:
+        return with_balanced_experts(objective, moe.num_experts_per_tok, moe.router_aux_loss_coef)
+    return objective
 
 
 def get_tokenizer(config: PretrainConfig, source: Source) -> Tokenizer:
@@ -200,6 +118,9 @@ def get_tokenizer(config: PretrainConfig, source: Source) -> Tokenizer:
     if config.resume and saved.exists():
         return Tokenizer.from_pretrained(config.output_dir)
     if c.kind not in TOKENIZER_KINDS:
+        near = did_you_mean(c.kind, TOKENIZER_KINDS)
+        if near and "/" not in c.kind and not Path(c.kind).exists():
+            raise UserError(f"tokenizer.kind is one of {', '.join(TOKENIZER_KINDS)}, a folder or a hub id.{near}")
         return Tokenizer.from_pretrained(c.kind)
     texts = track(_up_to(source, TOKENIZER_CHARACTERS), "reading text for the tokenizer")
     return Tokenizer.train(texts, vocab_size=c.vocab_size, pattern=c.pattern, kind=c.kind)
@@ -325,7 +246,11 @@ def evaluation(
                 total, count = total + float(nll), count + float(weight)
         sums = ranks.sum({"nll": total, "count": count})
         loss, total = sums["nll"] / sums["count"], sums["nll"]
-        return {"eval_loss": loss, "eval_bits_per_byte": total / math.log(2) / max(1, num_bytes)}
+        return {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 50)),
+            "eval_bits_per_byte": total / math.log(2) / max(1, num_bytes),
+        }
 
     return evaluate
 
@@ -342,24 +267,16 @@ def ngram_baseline(training: Corpus, held_out: Corpus, vocab_size: int) -> dict[
     return {"ngram_nll": model.mean_nll(held_out.tokens, held_out.spans), "ngram_order": NGRAM_ORDER}
 
 
-def sampler(
-    lm: LanguageModel, config: PretrainConfig, held_out: Corpus, trainer: Trainer, progress: TrainingProgress
-) -> Callable[[int], None]:
-    """step -> let the model write from the run's prompts, for the record and for the person who watches."""
-    prompts = config.prompts or held_out_prompts(held_out, lm.tokenizer)
+def sampler(tokenizer: Tokenizer, prompts: list[str], train: TrainConfig) -> Callable[[nn.Module], list[Sample]]:
+    """model -> what it writes behind each of the prompts."""
 
-    def sample(step: int) -> None:
-        writer = _whole(lm, trainer) if trainer.masters.divided else lm
-        tracker = trainer.tracker
-        if tracker is None:
-            return
-        texts = writer.generate(
-            prompts, max_new_tokens=min(120, config.train.max_length), temperature=0.7, top_p=0.95,
-            seed=config.train.seed, return_full_text=False,
+    def sample(model: nn.Module) -> list[Sample]:
+        texts = LanguageModel(model, tokenizer).generate(  # type: ignore[arg-type]
+            prompts, max_new_tokens=min(120, train.max_length), temperature=0.7, top_p=0.95,
+            seed=train.seed, return_full_text=False,
         )  # fmt: skip
-        tracker.samples(step, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])
-        progress.print(f"\nstep {step} writes:  {prompts[0]}{texts[0]}\n")
-        forget(lm.model)  # the weights are going to change, and their copy would take memory until then
+        forget(model)  # type: ignore[arg-type]  # the weights are going to change, and their copy would take memory until then
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]
 
     return sample
 
@@ -371,57 +288,3 @@ def held_out_prompts(corpus: Corpus, tokenizer: Tokenizer, count: int = 3) -> li
         words = tokenizer.decode(corpus.document(i * corpus.num_documents // count).tolist()[:100]).split(" ")
         prompts.append(" ".join(words[:PROMPT_WORDS]))
     return [p for p in prompts if p.strip()] or ["The"]
-
-
-# --- the run's directory ------------------------------------------------------------------------------------
-
-
-def _check_directory(output_dir: Path, config: PretrainConfig) -> None:
-    """Refuse to overwrite a finished run in silence, and to resume with other settings."""
-    saved = output_dir / "run.yaml"
-    if not config.resume:
-        if (output_dir / "checkpoints").is_dir() and any((output_dir / "checkpoints").iterdir()):
-            raise UserError(
-                f"{output_dir} already holds a run. Add --resume to continue it, choose another --output_dir, "
-                f"or delete the folder."
-            )
-        return
-    if not saved.exists():
-        raise UserError(f"nothing to resume: {saved} does not exist. Start the run without --resume.")
-    import yaml
-
-    try:
-        before, after = yaml.safe_load(saved.read_text()), to_dict(config)
-        changed = [d for d in differences(before, after) if d.split(":")[0].split(".")[-1] not in MAY_CHANGE]
-    except (yaml.YAMLError, AttributeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"{saved} is damaged ({why}): put a copy back, or start a new run elsewhere") from None
-    if changed:
-        raise UserError(
-            "--resume continues a run with the settings it began with, but these have changed: "
-            + "; ".join(changed)
-            + f". Set them back, or start a new run in another --output_dir. ({saved})"  # fmt: skip
-        )
-
-
-def _start_directory(output_dir: Path, config: PretrainConfig, tokenizer: Tokenizer) -> None:
-    atomic_write(output_dir / "run.yaml", to_yaml(dataclasses.replace(config, resume=False)))
-    tokenizer.save_pretrained(output_dir, model_max_length=config.model.max_position_embeddings)
-
-
-def _announce(progress, config, shape, training, held_out, dtype, resumed: int, total_steps: int, ranks: Ranks) -> None:
-    from zero2hero.progress import human_count
-
-    weights = shape.num_matrix_parameters
-    words = f"resuming at step {resumed} of {total_steps}" if resumed else f"{total_steps} steps"
-    amount = "a stream" if config.streaming else f"{human_count(training.num_tokens)} tokens"
-    progress.print(
-        f"{amount} to learn from, {human_count(held_out.num_tokens)} tokens held out; "
-        f"vocabulary {shape.vocab_size}; {human_count(weights)} matrix weights; "
-        f"{str(dtype).removeprefix('torch.')}; {words}" + (f"; {ranks.size} ranks" if ranks.size > 1 else "")
-    )
-
-
-def _whole(lm: LanguageModel, trainer: Trainer) -> LanguageModel:
-    """The model with its fp32 weights, gathered from all ranks, which must all call this."""
-    return LanguageModel(whole_model(lm.model.config, trainer.masters.gathered()), lm.tokenizer)

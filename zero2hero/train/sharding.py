@@ -34,11 +34,20 @@ from zero2hero.train.precision import MasterWeights
 HEAD_NORMS = ("q_norm", "k_norm")  # of every head alike: under tensor parallelism a rank sees the gradient of its heads
 
 
-def parallelize(model: Decoder, ranks: Ranks, config: TrainConfig, dtype: torch.dtype) -> Decoder:
+def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
     """The model as `config` has it divided (`tp_size`, `fsdp`) and compiled (`torch_compile`); the same object.
 
     Groups of tensor-parallel ranks keep parts of the weights among them too, as under `fsdp`.
+
+    Raises:
+        UserError: it is no decoder, or settings that do not go together.
     """
+    if not isinstance(model, Decoder):
+        asked = [name for name in ("fsdp", "torch_compile") if getattr(config, name)]
+        asked += ["tp_size"] * (config.tp_size > 1)
+        if asked:
+            raise UserError(f"train.{asked[0]} is for decoders, and this is {type(model).__name__}: leave it out")
+        return model
     if ranks.tp_size > 1:
         tensor_parallel(model, ranks)
     if config.torch_compile:
@@ -60,6 +69,8 @@ def tensor_parallel(model: Decoder, ranks: Ranks) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     c = model.config
+    if c.moe.num_experts:
+        raise UserError("train.tp_size does not divide a mixture of experts: leave it out, and use train.fsdp")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(c, name) % ranks.tp_size:
             raise UserError(f"model.{name} {getattr(c, name)} cannot be divided by train.tp_size {ranks.tp_size}")

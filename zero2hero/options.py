@@ -1,0 +1,117 @@
+"""What each small verb of the command line can be told. Runs that train have theirs in config.py or beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, at_least, one_of
+from zero2hero.errors import UserError
+
+
+@dataclass(frozen=True)
+class PlanLearningRateConfig(PretrainConfig):
+    """`zero2hero plan lr`: the options of the run that is planned, and how to try learning rates."""
+
+    min_learning_rate: float = 1e-5  # where the trial begins
+    max_learning_rate: float = 1.0  # where it ends, unless the loss explodes before
+    steps: int = 100  # of the trial
+    plot: str = "learning_rate.png"  # where the curve is drawn
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 10, "steps")
+        if not 0 < self.min_learning_rate < self.max_learning_rate < math.inf:
+            raise UserError("min_learning_rate must be above 0 and below max_learning_rate")
+        if self.streaming:
+            raise UserError("plan lr reads text that it stores: leave out --streaming and give it a part of the data")
+        if self.train.learning_rate == 0:
+            raise UserError("train.learning_rate 0 trains nothing, so there is nothing to plan")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """`zero2hero quickstart`: the whole road in minutes, on built-in text."""
+
+    output_dir: str = "runs/quickstart"
+    stories: int = 40_000  # built-in stories to learn from
+    steps: int = 1120  # optimizer steps
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    force: bool = False  # train anew although output_dir already holds a finished run
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+        at_least(self, 100, "stories")
+        one_of(self, "precision", PRECISIONS)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """`zero2hero generate MODEL PROMPT`."""
+
+    model: str  # a run, a Hugging Face directory, or a hub id
+    prompt: str = ""  # the text to continue; empty begins a new one
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0 always takes the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)  # end when one of these is written
+    num_return_sequences: int = 1
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """`zero2hero convert IN OUT`."""
+
+    source: str  # a folder with pytorch_model.bin, or a llama2.c file
+    output_dir: str  # the folder to write
+
+
+@dataclass(frozen=True)
+class RunPipelineConfig:
+    """`zero2hero run-pipeline TASK TEXT`."""
+
+    task: str  # fill-mask, ner, text-generation, ...: an unknown one lists them
+    model: str  # a run, a Hugging Face directory, or a hub id
+    text: str = ""  # the input; where a task takes an object, JSON such as '{"question": "...", "context": "..."}'
+    file: str | None = None  # inputs instead, one a line, in a .jsonl file as JSON; the results are JSON lines
+    settings: dict[str, Any] = field(default_factory=dict)  # of the task, such as '{top_k: 3}'
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+    def __post_init__(self) -> None:
+        if bool(self.text) == bool(self.file):
+            raise UserError("give a text, or --file with a text on each line")
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """`zero2hero tokenizer train`."""
+
+    data: str | list[str] = "stories"
+    output_dir: str = "runs/tokenizer"
+    vocab_size: int = 4096
+    kind: str = "bpe"  # bpe, char, wordpiece (BERT's), unigram (T5's)
+    pattern: str = "llama3"  # llama3, gpt2, qwen2
+    text_column: str | None = None
+    on_bad_record: str = "raise"
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", TOKENIZER_KINDS)
+
+
+@dataclass(frozen=True)
+class TokenizerEncodeConfig:
+    """`zero2hero tokenizer encode TOKENIZER TEXT`."""
+
+    tokenizer: str  # a directory or a hub id
+    text: str
