@@ -16,6 +16,7 @@ from zero2hero.generate.sampling import (
     apply_top_k,
     apply_top_p,
     choose,
+    draw_number,
     random_stream,
     sample,
     transform,
@@ -93,7 +94,7 @@ def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     n = 20_000
     streams = [random_stream(i, (), 0) for i in range(n)]
-    counts = Counter(sample(probabilities.log().expand(n, -1), streams).tolist())
+    counts = Counter(sample(probabilities.log().expand(n, -1), [draw_number(stream) for stream in streams]).tolist())
     assert counts.keys() <= {0, 2, 3}  # never a token of probability 0
     chi_square = sum((counts[i] - n * float(probabilities[i])) ** 2 / (n * float(probabilities[i])) for i in (0, 2, 3))
     assert chi_square < 13.8  # 2 degrees of freedom: passed once in 1,000 by chance
@@ -113,7 +114,7 @@ class Constant:
 def test_the_ends_of_the_distribution_are_not_overrun(vocabulary):
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = logits[0, -1] = -INF
-    lowest, highest = (int(sample(logits, [Constant(bits)])) for bits in (0, 2**24 - 1))
+    lowest, highest = (int(sample(logits, [draw_number(Constant(bits))])) for bits in (0, 2**24 - 1))
     if vocabulary > 2:
         assert 0 < lowest < vocabulary - 1
         assert 0 < highest < vocabulary - 1
@@ -121,8 +122,8 @@ def test_the_ends_of_the_distribution_are_not_overrun(vocabulary):
 
 def test_a_row_draws_the_same_alone_and_in_a_batch():
     logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(1))
-    together = sample(logits, [random_stream(7, (i,), 0) for i in range(16)])
-    alone = [int(sample(logits[i : i + 1], [random_stream(7, (i,), 0)])) for i in range(16)]
+    together = sample(logits, [draw_number(random_stream(7, (i,), 0)) for i in range(16)])
+    alone = [int(sample(logits[i : i + 1], [draw_number(random_stream(7, (i,), 0))])) for i in range(16)]
     assert together.tolist() == alone
     assert len(set(alone)) > 8  # the streams differ
 

@@ -56,17 +56,17 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        _require_integer("max_new_tokens", self.max_new_tokens, 1)
-        _require_integer("top_k", self.top_k, 0)
-        _require_integer("num_return_sequences", self.num_return_sequences, 1)
-        _require_number("temperature", self.temperature, 0.0, math.inf)
-        _require_number("top_p", self.top_p, 0.0, 1.0)
-        _require_number("min_p", self.min_p, 0.0, 1.0)
-        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        require_integer("max_new_tokens", self.max_new_tokens, 1)
+        require_integer("top_k", self.top_k, 0)
+        require_integer("num_return_sequences", self.num_return_sequences, 1)
+        require_number("temperature", self.temperature, 0.0)
+        require_number("top_p", self.top_p, 0.0, 1.0)
+        require_number("min_p", self.min_p, 0.0, 1.0)
+        require_number("repetition_penalty", self.repetition_penalty, 0.0)
         if self.repetition_penalty == 0:
             raise UserError("repetition_penalty must be greater than 0, not 0 (1 turns it off)")
         if self.seed is not None:
-            _require_integer("seed", self.seed, 0)
+            require_integer("seed", self.seed, 0)
         if self.do_sample not in (None, True, False):
             raise UserError(f"do_sample must be true, false or none, not {self.do_sample!r}")
         if self.do_sample and self.temperature == 0:
@@ -85,12 +85,12 @@ class SamplingConfig:
         return not (self.temperature > 0 if self.do_sample is None else self.do_sample)
 
 
-def _require_integer(name: str, value: object, least: int) -> None:
+def require_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
-def _require_number(name: str, value: object, low: float, high: float) -> None:
+def require_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high or math.isinf(value):  # type: ignore[operator, arg-type]
         allowed = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
@@ -99,24 +99,28 @@ def _require_number(name: str, value: object, low: float, high: float) -> None:
 
 # ---------------------------------------------------------------- transformations of logits [B, V]
 
+Number = float | Tensor  # for all rows, or [B, 1]
 
-def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: Number) -> Tensor:
     """Make the tokens marked in `seen` [B, V] (prompt and text so far) less likely."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: Number) -> Tensor:
     """Divide: below 1 the distribution sharpens, above 1 it flattens."""
     return logits / temperature
 
 
-def apply_top_k(logits: Tensor, k: int) -> Tensor:
+def apply_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
     """Remove what is less likely than the k-th likeliest token."""
-    threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    k = torch.as_tensor(k, device=logits.device).clamp(max=logits.shape[-1])
+    values = logits.topk(int(k.max())).values
+    threshold = values.gather(-1, (k - 1).expand(*logits.shape[:-1], 1))
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
-def apply_top_p(logits: Tensor, p: float) -> Tensor:
+def apply_top_p(logits: Tensor, p: Number) -> Tensor:
     """Keep the smallest set of likeliest tokens whose probability exceeds p; always the likeliest."""
     ascending, order = torch.sort(logits)
     remove = ascending.softmax(-1).cumsum(-1) <= 1 - p
@@ -124,7 +128,7 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(remove.scatter(-1, order, remove), -math.inf)
 
 
-def apply_min_p(logits: Tensor, min_p: float) -> Tensor:
+def apply_min_p(logits: Tensor, min_p: Number) -> Tensor:
     """Remove what is less than `min_p` times as likely as the likeliest token."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -math.inf)
@@ -160,15 +164,37 @@ def random_stream(seed: int | None, prompt: Sequence[int], sample: int) -> rando
     return random.Random(secrets.randbits(64) if seed is None else f"{seed} {sample} {list(prompt)}")
 
 
-def sample(logits: Tensor, streams: Sequence[random.Random]) -> Tensor:
+def draw_number(stream: random.Random) -> float:
+    """A number from 0 to 1, of 24 bits."""
+    return stream.getrandbits(24) / 2**24
+
+
+def sample(logits: Tensor, numbers: Sequence[float]) -> Tensor:
     """Draw a token id for each row of logits [B, V] by inverting its cumulative distribution. -> [B].
 
-    Uses one number of each row's stream; 24 bits of it, so that in fp32 it stays below 1.
+    Each row has a number from 0 to 1, of 24 bits at most, so that in fp32 it stays below 1.
     """
-    numbers = torch.tensor([stream.getrandbits(24) / 2**24 for stream in streams], device=logits.device)
+    column = torch.tensor(numbers, dtype=torch.float32, device=logits.device)[:, None]
     cumulative = logits.softmax(-1).cumsum(-1)
     # the first token whose cumulative probability is above the number: never one of probability 0
-    return torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, column * cumulative[:, -1:], right=True)[:, 0]
+
+
+def picked_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """The log-probability (nats) of each row's token [B] under the softmax of logits [B, V].
+
+    Raises:
+        UserError: the logits are not numbers.
+    """
+    # NaN may give a token out of range
+    picked = tokens[:, None].clamp(max=logits.shape[-1] - 1)
+    logprobs = logits.log_softmax(-1).gather(-1, picked)[:, 0].tolist()
+    if any(map(math.isnan, logprobs)):
+        raise UserError(
+            "the model's logits are not numbers (NaN): its weights are damaged or training diverged. Load an "
+            "earlier checkpoint, or train again with a lower learning rate."
+        )
+    return logprobs
 
 
 def choose(
@@ -183,13 +209,5 @@ def choose(
         UserError: the model's logits are not numbers.
     """
     logits = transform(logits, config, seen)
-    tokens = logits.argmax(-1) if config.greedy else sample(logits, streams)
-    # NaN may give a token out of range; it is caught just below
-    picked = tokens[:, None].clamp(max=logits.shape[-1] - 1)
-    logprobs = logits.log_softmax(-1).gather(-1, picked)[:, 0].tolist()
-    if any(map(math.isnan, logprobs)):
-        raise UserError(
-            "the model's logits are not numbers (NaN): its weights are damaged or training diverged. Load an "
-            "earlier checkpoint, or train again with a lower learning rate."
-        )
-    return tokens.tolist(), logprobs
+    tokens = logits.argmax(-1) if config.greedy else sample(logits, [draw_number(stream) for stream in streams])
+    return tokens.tolist(), picked_logprobs(logits, tokens)
