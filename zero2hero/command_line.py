@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero2hero.config import NO_OPTION, from_dict
+from zero2hero.config import NO_OPTION, default_of, from_dict
 from zero2hero.errors import UserError, did_you_mean
 
 
@@ -145,17 +145,20 @@ class Option:
     flag: bool
 
 
-def describe(kind: Any, prefix: str = "") -> list[Option]:
-    """Every option of a configuration class. Help texts are the comments and docstrings of its fields."""
+def describe(kind: Any, prefix: str = "", within: Any = None) -> list[Option]:
+    """Every option of a configuration class. Help texts are the comments and docstrings of its fields.
+
+    `within`: the value of the class that is the default here, where it is a part of another.
+    """
     hints, notes, options = typing.get_type_hints(kind), _notes(kind), []
     for f in sorted(dataclasses.fields(kind), key=lambda f: dataclasses.is_dataclass(hints[f.name])):
         if f.metadata == NO_OPTION:
             continue
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):
-            options += describe(hint, f"{prefix}{f.name}.")
+            options += describe(hint, f"{prefix}{f.name}.", getattr(within, f.name, None) or default_of(f))
             continue
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default = getattr(within, f.name) if within is not None else default_of(f)
         required = default is dataclasses.MISSING
         shown = "required" if required else f"default {'none' if default in (None, [], '') else default}"
         kind_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

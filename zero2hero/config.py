@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -354,9 +353,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: Any, values: dict[str, Any]) -> Any:
-    """A configuration of class `kind`; what `values` leaves out has its default."""
-    hints = typing.get_type_hints(kind)
-    return kind(**{k: from_dict(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})
+    """A configuration of class `kind`; what `values` leaves out, at any depth, has the default that `kind` gives it."""
+    nested = {f.name: default_of(f) for f in dataclasses.fields(kind) if isinstance(values.get(f.name), dict)}
+    return kind(
+        **{k: _updated(nested[k], v) if dataclasses.is_dataclass(nested.get(k)) else v for k, v in values.items()}
+    )
+
+
+def _updated(config: Any, values: dict[str, Any]) -> Any:
+    changed = {
+        k: _updated(getattr(config, k), v) if dataclasses.is_dataclass(getattr(config, k, None)) else v
+        for k, v in values.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field; MISSING where it has none."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
