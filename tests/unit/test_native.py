@@ -19,7 +19,7 @@ from zero2hero import machine
 from zero2hero.nn import native
 from zero2hero.nn.attention import explicit_attention
 from zero2hero.nn.feedforward import _SiluProduct, relu2
-from zero2hero.nn.linear import _side_by_side, joint_linear, weight_gradient
+from zero2hero.nn.linear import joint_linear, side_by_side, weight_gradient
 from zero2hero.nn.logprobs import nll_sum, token_logprobs
 from zero2hero.nn.masks import Mask, causal_mask
 from zero2hero.nn.norms import RMSNorm
@@ -226,16 +226,16 @@ def test_weight_gradient(out, inner):
         assert (got.double() - want).norm() < 0.01 * want.norm()
 
 
-def test_side_by_side_copies_only_what_is_apart():
+def testside_by_side_copies_only_what_is_apart():
     whole = torch.arange(60.0).view(2, 3, 10)
     parts = whole.split([2, 5, 3], -1)
-    assert _side_by_side(parts).data_ptr() == whole.data_ptr()
+    assert side_by_side(parts).data_ptr() == whole.data_ptr()
     one = whole[1:, 2:].split([4, 6], -1)
-    assert torch.equal(_side_by_side(one), whole[1:, 2:])
+    assert torch.equal(side_by_side(one), whole[1:, 2:])
     for some in (parts[:2], parts[::-1], parts[1:], (parts[0], parts[0]), tuple(p.clone() for p in parts)):
-        assert torch.equal(_side_by_side(some), torch.cat(some, -1))
+        assert torch.equal(side_by_side(some), torch.cat(some, -1))
     turned = torch.arange(60.0).view(3, 2, 10).transpose(0, 1).split([4, 6], -1)
-    assert torch.equal(_side_by_side(turned), torch.cat(turned, -1))
+    assert torch.equal(side_by_side(turned), torch.cat(turned, -1))
 
 
 # --- sums, threads and where they run -----------------------------------------------------------------------

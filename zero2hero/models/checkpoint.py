@@ -103,7 +103,7 @@ def _read_tensors(
                 if not stored.endswith(family.ignored or ("\0",)):
                     unexpected.append(stored)
                 continue
-            for name, value in _to_ours(rule, file.get_tensor(stored), shapes, stored).items():
+            for name, value in to_ours(rule, file.get_tensor(stored), shapes, stored).items():
                 value = value.to(device=device, dtype=dtype or value.dtype)
                 before = source.setdefault(first[name], stored)
                 kept = state.setdefault(first[name], value)
@@ -118,7 +118,7 @@ def _read_tensors(
     return state
 
 
-def _to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: str) -> dict[str, Tensor]:
+def to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: str) -> dict[str, Tensor]:
     """One stored tensor as our parameters: transposed and split as the rule says, every shape checked."""
     if not value.is_floating_point():
         raise UserError(f"tensor {stored} holds {value.dtype} numbers; quantized weights cannot be loaded")
@@ -199,9 +199,14 @@ def to_family(state: dict[str, Tensor], family: Family) -> Iterator[tuple[str, T
             f"{family.model_type} files have no place for {sorted(strange)[0]}; merge adapters before saving"
         )
     for rule in rules:
-        value = torch.cat([state[p] for p in rule.parts]) if len(rule.parts) > 1 else state[rule.parts[0]]
-        value = value.reshape(rule.stored_shape(tuple(value.shape)))
-        yield rule.theirs, (value.t() if rule.transpose else value).contiguous()
+        yield rule.theirs, to_theirs(rule, state)
+
+
+def to_theirs(rule: Rule, state: dict[str, Tensor]) -> Tensor:
+    """Our parameters as the one tensor that the rule makes of them."""
+    value = torch.cat([state[p] for p in rule.parts]) if len(rule.parts) > 1 else state[rule.parts[0]]
+    value = value.reshape(rule.stored_shape(tuple(value.shape)))
+    return (value.t() if rule.transpose else value).contiguous()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

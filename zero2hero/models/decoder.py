@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         )
 
     def _embed(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
-        x = ids_BT if ids_BT.is_floating_point() else F.embedding(ids_BT, self.embed_tokens.weight)
+        x = ids_BT if ids_BT.is_floating_point() else self.embed_tokens(ids_BT)
         if self.config.position in ("learned", "sinusoidal"):
             longest = self.config.max_position_embeddings
             if end > longest and int(positions.max()) >= longest:

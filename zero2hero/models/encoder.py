@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         if documents is not None:
             order = torch.arange(T, device=ids_BT.device)[None]
             mask = make_mask(order, order, causal=False, query_documents_BT=documents, key_documents_BS=documents)
-        x = F.embedding(ids_BT, self.embed_tokens.weight)
+        x = self.embed_tokens(ids_BT)
         x = x + F.embedding(positions + self.config.position_offset, self.embed_positions.weight)
         types = torch.zeros_like(ids_BT) if token_type_ids is None else token_type_ids
         x = self.dropout(self.embed_norm(x + F.embedding(types, self.embed_types.weight)))

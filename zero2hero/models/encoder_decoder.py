@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zero2hero.errors import UserError
@@ -185,7 +184,7 @@ class EncoderDecoder(nn.Module):
         return x * self.config.hidden_size**-0.5 if self.config.scale_decoder_outputs else x
 
     def _embed(self, ids: Tensor, embedding: nn.Embedding, positions: Tensor, stack: Stack) -> Tensor:
-        x = F.embedding(ids, embedding.weight)
+        x = embedding(ids)
         if self.config.position == "sinusoidal":
             longest = len(self.position_table)
             if int(positions[-1]) >= longest:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -73,7 +72,7 @@ class VisionLanguage(nn.Module):
         Raises:
             UserError: more or fewer image tokens than the images have.
         """
-        x = F.embedding(ids_BT, self.language_model.embed_tokens.weight)
+        x = self.language_model.embed_tokens(ids_BT)
         places = ids_BT == self.config.image_token_index
         images, each = 0 if pixels_ICHW is None else len(pixels_ICHW), self.config.num_image_tokens
         if int(places.sum()) != images * each:

@@ -52,7 +52,7 @@ class TextTower(nn.Module):
         T, longest = ids_BT.shape[1], self.config.max_position_embeddings
         if longest < T:
             raise UserError(f"a text has {T} tokens; the model reads {longest}")
-        x = F.embedding(ids_BT, self.embed_tokens.weight) + self.embed_positions.weight[:T]
+        x = self.embed_tokens(ids_BT) + self.embed_positions.weight[:T]
         mask = causal_mask(T, ids_BT.device) if self.causal else Mask(None)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, None, None, i, None)

@@ -3,10 +3,13 @@
 Query, key and value (or gate and up) all read the same activations. One product with the stacked weights
 reads them once, and its backward pass makes the input's gradient in one product instead of three products
 and two sums. The modules stay separate, so adapters, checkpoints and readers see `q_proj`, `k_proj`, `v_proj`;
-a projection that is no longer a plain `nn.Linear` (LoRA, quantized) simply runs alone.
+a projection that is no longer a plain `nn.Linear` (quantized, say) simply runs alone, or brings a function `jointly`
+of its own (LoRA).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
-        weight, bias = _stacked(weights), _stacked(biases) if biases else None
+        weight, bias = stacked(weights), stacked(biases) if biases else None
         ctx.save_for_backward(x, *weights)
         ctx.has_bias = bias is not None
         return F.linear(x, weight, bias).split([len(w) for w in weights], dim=-1)
@@ -34,9 +37,9 @@ class _JointLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         sizes, count = [len(w) for w in weights], len(weights)
         needs_weights, needs_biases = any(ctx.needs_input_grad[2 : 2 + count]), any(ctx.needs_input_grad[2 + count :])
-        grad = _side_by_side(grads)
+        grad = side_by_side(grads)
         rows = grad.flatten(0, -2)
-        grad_x = grad @ _stacked(weights) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ stacked(weights) if ctx.needs_input_grad[0] else None
         grad_weights = weight_gradient(rows, x.flatten(0, -2)).split(sizes) if needs_weights else [None] * count
         none = [None] * (count if ctx.has_bias else 0)
         return grad_x, None, *grad_weights, *(rows.sum(0).split(sizes) if needs_biases else none)
@@ -55,11 +58,12 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     return (transposed @ grad_NO).t().contiguous()
 
 
-def _stacked(tensors) -> Tensor:
+def stacked(tensors) -> Tensor:
+    """Along the first dimension; not copied when there is one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def _side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
+def side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
     """The concatenation along the last dimension; not copied when the parts already are the columns of one tensor."""
     first, width = parts[0], sum(p.shape[-1] for p in parts)
     strides = [width] * (first.dim() - 1) + [1]
@@ -76,6 +80,9 @@ def _side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
 
 def joint_linear(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     """Apply each projection to `x` [..., D]; the results equal calling them one after another."""
+    jointly: Any = next((p.jointly for p in projections if hasattr(p, "jointly")), None)
+    if jointly is not None:
+        return jointly(x, projections)
     biases = [getattr(p, "bias", None) for p in projections]
     some = [b for b in biases if b is not None]
     plain = not torch.compiler.is_compiling()  # which joins products by itself, and cannot follow storage

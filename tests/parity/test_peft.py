@@ -1,0 +1,137 @@
+"""Adapters are PEFT's: the same logits in both directions, for every kind of model and of adapter."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from zero2hero.models import from_pretrained
+from zero2hero.models.encoder_decoder import EncoderDecoder
+from zero2hero.tune import LoraConfig, adapter_names, add_lora, disable_adapter, load_adapter, merge, save_adapter
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+LLAMA = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+BERT = LLAMA | {"num_labels": 3}
+T5 = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
+      "decoder_start_token_id": 0}  # fmt: skip
+GPT2 = {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+MODELS = {
+    "llama": ("LlamaForCausalLM", transformers.LlamaConfig, LLAMA),
+    "tied": ("LlamaForCausalLM", transformers.LlamaConfig, LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", transformers.Qwen3Config, LLAMA | {"head_dim": 12}),
+    "gemma3": ("Gemma3ForCausalLM", transformers.Gemma3TextConfig, LLAMA | {"head_dim": 12, "sliding_window": 5}),
+    "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config, GPT2),
+    "bert": ("BertForSequenceClassification", transformers.BertConfig, BERT),
+    "roberta": ("RobertaForSequenceClassification", transformers.RobertaConfig, BERT),
+    "bert mlm": ("BertForMaskedLM", transformers.BertConfig, BERT),
+    "t5": ("T5ForConditionalGeneration", transformers.T5Config, T5),
+}
+SHAPES = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5}}
+# model, PEFT's settings
+CASES = {
+    "lora": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "rslora, all linear": ("llama", {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 5}),
+    "dora": ("llama", {"target_modules": ["q_proj", "k_proj", "gate_proj"], "use_dora": True}),
+    "patterns": ("llama", {"target_modules": ["q_proj", "v_proj"], **SHAPES}),
+    "some layers": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    "regular expression": ("llama", {"target_modules": r".*layers\.0.*proj", "exclude_modules": ["up_proj"]}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "embedding of a tied pair": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head of a tied pair": ("tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm", "lm_head"]}),
+    "qwen3": ("qwen3", {"target_modules": "all-linear"}),
+    "gemma3": ("gemma3", {"target_modules": "all-linear"}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "gpt2, dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
+    "bert": ("bert", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
+    "bert, dora": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_dora": True}),
+    "roberta": ("roberta", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "bert, masked words": ("bert mlm", {"target_modules": ["query", "value"]}),
+    "t5": ("t5", {"target_modules": ["q", "v", "wi"], "task_type": "SEQ_2_SEQ_LM"}),
+}
+IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The base models, each as transformers writes it."""
+    made = {}
+    for name, (architecture, config, settings) in MODELS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("base") / name.replace(" ", "_")
+        getattr(transformers, architecture)(config(**settings)).save_pretrained(made[name])
+    return made
+
+
+def theirs(folders, name: str):
+    return getattr(transformers, MODELS[name][0]).from_pretrained(folders[name]).eval()
+
+
+def logits(model) -> torch.Tensor:
+    """Of theirs or ours."""
+    with torch.no_grad():
+        if not hasattr(model, "logits"):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            inputs = {"decoder_input_ids": IDS} if base.config.is_encoder_decoder else {}
+            return model(input_ids=IDS, **inputs).logits
+        return model.logits(model(IDS, IDS) if isinstance(model, EncoderDecoder) else model(IDS))
+
+
+def randomize(parameters) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.empty(p.shape).normal_(0, 0.1, generator=generator))
+
+
+def trained_by_peft(folders, name: str, settings: dict, folder: Path):
+    model = peft.get_peft_model(theirs(folders, name), peft.LoraConfig(r=4, init_lora_weights=False, **settings))
+    randomize(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_directions(folders, tmp_path: Path, case: str):
+    """PEFT's adapter here; the same written by us in PEFT; merged; and the base under it untouched."""
+    name, settings = CASES[case]
+    expected = logits(trained_by_peft(folders, name, settings, tmp_path / "theirs"))
+    model = from_pretrained(folders[name])
+    base = logits(model)
+    load_adapter(model, tmp_path / "theirs")
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    with disable_adapter(model):
+        assert torch.equal(logits(model), base)
+    save_adapter(model, tmp_path / "ours", base_model_name_or_path=str(folders[name]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        again = peft.PeftModel.from_pretrained(theirs(folders, name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    third = load_adapter(from_pretrained(folders[name]), tmp_path / "ours")
+    torch.testing.assert_close(logits(third), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merge(model)), expected, rtol=1e-4, atol=1e-4)
+    assert not adapter_names(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_made_here(folders, tmp_path: Path, name: str, kind: str):
+    """GPT-2's separate A for query, key and value become blocks of one larger rank."""
+    task = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}.get(name, "CAUSAL_LM")
+    model = from_pretrained(folders[name])
+    add_lora(model, LoraConfig(r=3, use_dora=kind == "dora", use_rslora=True, task_type=task))
+    randomize(p for p in model.parameters() if p.requires_grad)
+    save_adapter(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(theirs(folders, name), tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,47 @@
+"""Fine-tuning with adapters: functions model -> model, applied from outside.
+
+model = add_lora(model, LoraConfig(r=16, lora_alpha=32))     adapters.py, lora.py, targets.py
+save_adapter(model, "runs/mine")                             interchange.py: PEFT's files
+model = load_adapter(model, "runs/mine")
+model = merge(model)                                         merging.py
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "LoraConfig": "config",
+    "add_lora": "adapters",
+    "adapter_names": "adapters",
+    "disable_adapter": "adapters",
+    "load_adapter": "interchange",
+    "merge": "merging",
+    "save_adapter": "interchange",
+    "set_adapter": "adapters",
+}
+
+__all__ = [
+    "LoraConfig",
+    "adapter_names",
+    "add_lora",
+    "disable_adapter",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+]
+
+if TYPE_CHECKING:
+    from zero2hero.tune.adapters import adapter_names, add_lora, disable_adapter, set_adapter
+    from zero2hero.tune.config import LoraConfig
+    from zero2hero.tune.interchange import load_adapter, save_adapter
+    from zero2hero.tune.merging import merge
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"zero2hero.tune.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'zero2hero.tune' has no attribute {name!r}")
