@@ -93,6 +93,22 @@ def vision_language_lm(model: nn.Module, batch: Any) -> Loss:
     return Loss(total, count)
 
 
+def classification(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Loss:
+    """Choose a label: cross entropy, in nats per labelled thing, be it an image, a text or each token of one.
+
+    `batch`: inputs, the model's arguments; labels [...] (-100 for none) where the model's logits are [..., C].
+    `label_smoothing`: share of each label that is spread over all of them (Szegedy et al. 2015, arXiv 1512.00567).
+    """
+    logits: Tensor = model.logits(model(*batch.inputs)).float()  # type: ignore[operator]
+    labels: Tensor = batch.labels
+    total = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+    )
+    labelled = labels != IGNORE
+    right = (logits.argmax(-1) == labels) & labelled
+    return Loss(total, labelled.sum().float(), {"accuracy": right.sum()})
+
+
 def softmax_contrastive(model: nn.Module, batch: Any) -> Loss:
     """Which of the texts belongs to an image, and which image to a text (CLIP; Radford et al. 2021): nats per pair.
 
