@@ -255,9 +255,9 @@ class Engine:
         text = sequence.append(token_id, logprob)
         sequence.logprobs += report
         sequence.history.add(token_id)
-        if sequence.matcher is not None and sequence.finish_reason is None and sequence.matcher.advance(token_id):
-            sequence.finish_reason = "stop"
-            text += sequence.stream.finish()
+        if sequence.matcher is not None and sequence.finish_reason is None:
+            sequence.finish_reason = sequence.matcher.advance(token_id)
+            text += sequence.stream.finish() if sequence.finish_reason else ""
         self._counts["generated_tokens"] += 1
         self._know(sequence, sequence.read)
         return Event(sequence, [token_id], text, report, sequence.finish_reason)

@@ -138,12 +138,12 @@ def _forbid(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     pairs = [(i, token_id) for i, row in enumerate(rows) for token_id in _forbidden(row)]
     if pairs:
         logits = logits.clone()
-        where, ids = zip(*pairs)
-        logits[list(where), list(ids)] = -math.inf
-    for i, row in enumerate(rows):
-        if row.sequence.matcher is not None:
-            logits = logits.clone()
-            logits[i].masked_fill_(~row.sequence.matcher.allowed().to(logits.device), -math.inf)
+        logits[[i for i, _ in pairs], [token_id for _, token_id in pairs]] = -math.inf
+    masks = [(i, matcher.allowed()) for i, row in enumerate(rows) if (matcher := row.sequence.matcher) is not None]
+    if masks:
+        logits = logits.clone()
+        for i, allowed in masks:
+            logits[i].masked_fill_(~allowed.to(logits.device), -math.inf)
     return logits
 
 
