@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zero2hero.train.eight_bit import BLOCK, AdamW8bit, decode, dynamic_code, encode
+from zero2hero.nn.dynamic_code import BLOCK, decode, dynamic_code, encode
+from zero2hero.train.eight_bit import AdamW8bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -267,4 +267,34 @@ void NAME(log_likelihood)(REAL *x, const i64 *targets, float *logprobs, i64 grad
     }
 }
 
+/* NF4 (nn/nf4.py): of each share x r, how many of the 15 bounds are below it; two such numbers to a byte, the first one
+   in the high half. x [blocks, 64], r [blocks], codes [blocks, 32]. */
+void NAME(nf4_encode)(const REAL *x, const float *r, const float *bounds, uint8_t *codes, i64 blocks, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 block = 0; block < blocks; block++) {
+        const REAL *restrict xs = x + block * 64;
+        uint8_t *restrict bytes = codes + block * 32;
+        int32_t below[64] = {0};
+        for (i64 j = 0; j < 15; j++)
+            for (i64 i = 0; i < 64; i++) below[i] += LOAD(xs[i]) * r[block] > bounds[j];
+        for (i64 i = 0; i < 32; i++) bytes[i] = below[2 * i] << 4 | below[2 * i + 1];
+    }
+}
+
+/* And back: y = value[code] scale. y [n], codes [n / 2], scales [n / 64] (rounded up), values [16]. */
+void NAME(nf4_decode)(const uint8_t *codes, const float *scales, const float *values, REAL *y, i64 n, i64 threads) {
+    ROWS_IN_PARALLEL
+    for (i64 start = 0; start < n; start += 64) {
+        const uint8_t *restrict bytes = codes + start / 2;
+        REAL *restrict ys = y + start, scaled[16];
+        for (i64 i = 0; i < 16; i++) scaled[i] = STORE(values[i] * scales[start / 64]);
+        i64 pairs = (n - start < 64 ? n - start : 64) / 2;
+        for (i64 i = 0; i < pairs; i++) {
+            ys[2 * i] = scaled[bytes[i] >> 4];
+            ys[2 * i + 1] = scaled[bytes[i] & 15];
+        }
+        if (n - start < 64 && n % 2) ys[2 * pairs] = scaled[bytes[pairs] >> 4];
+    }
+}
+
 #endif

@@ -209,3 +209,15 @@ def log_likelihood_(
     logprobs = logits.new_empty(n, dtype=torch.float32)
     _run("log_likelihood", logits, logits, targets.contiguous(), logprobs, gradient, weights, n, V, scale)
     return logprobs
+
+
+def nf4_encode(blocks: Tensor, reciprocals: Tensor, bounds: Tensor) -> Tensor:
+    """Two codes to a byte, [blocks, 32], of what is [blocks, 64]."""
+    codes = torch.empty(len(blocks), 32, dtype=torch.uint8)
+    _run("nf4_encode", blocks, blocks, reciprocals, bounds, codes, len(blocks))
+    return codes
+
+
+def nf4_decode(codes: Tensor, scales: Tensor, values: Tensor, out: Tensor) -> Tensor:
+    _run("nf4_decode", out, codes, scales, values, out, out.numel())
+    return out
