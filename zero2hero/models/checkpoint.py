@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.fetch import find_folder
 from zero2hero.io import atomic_write, fsync_path, saving
+from zero2hero.models import quantized_files
 from zero2hero.models.families import Family, Rule, family_of_config, family_to_write
+from zero2hero.nn import nf4
+from zero2hero.nn.nf4 import NF4
+from zero2hero.nn.quantized import Int8, moved, put_in, quantizable, quantize_rows, quantized_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,7 +49,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def from_pretrained(
-    path_or_id: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path_or_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> nn.Module:
     """Load a model from a directory or a hub id.
 
@@ -53,6 +62,8 @@ def from_pretrained(
         path_or_id: a directory with config.json and safetensors (single or sharded), or a hub id.
         dtype: of the weights in memory; as stored by default.
         device: where the weights go.
+        load_in_4bit, load_in_8bit: quantize the layers' matrices as they are read (NF4 with double quantization, or
+            int8; see tune/quantize.py). What bitsandbytes quantized stays so in any case.
 
     Returns:
         The model that the family of config.json builds, in evaluation mode.
@@ -60,8 +71,12 @@ def from_pretrained(
     Raises:
         UserError: an unknown family, an unsupported setting, or tensors that do not fit exactly.
     """
+    if load_in_4bit and load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit exclude each other")
+    quantize = nf4.quantize if load_in_4bit else quantize_rows if load_in_8bit else None
     directory = find_folder(path_or_id)
     theirs = read_json(directory / "config.json")
+    quantized_files.check_config(theirs.pop(quantized_files.KEY, None))
     family = family_of_config(theirs)
     try:
         config = family.read_config(theirs)
@@ -73,7 +88,10 @@ def from_pretrained(
         raise
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a number that is a text, say
         raise UserError(f"{directory / 'config.json'} holds a value of the wrong kind: {error}") from None
-    parameters = {n: nn.Parameter(t) for n, t in _read_tensors(directory, family, model, dtype, device).items()}
+    state, quantized = _read_tensors(directory, family, model, dtype, device, quantize)
+    for name, weight in quantized.items():
+        put_in(model, name.removesuffix(".weight"), weight)
+    parameters = {name: nn.Parameter(tensor) for name, tensor in state.items()}
     for name, first in _first_names(model).items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, parameters[first])
@@ -87,24 +105,37 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 def _read_tensors(
-    directory: Path, family: Family, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Every parameter of the model by its first name."""
+    directory: Path, family: Family, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str,
+    quantize: Callable[[Tensor], NF4 | Int8] | None,
+) -> tuple[dict[str, Tensor], dict[str, NF4 | Int8]]:  # fmt: skip
+    """Every parameter of the model by its first name, and apart from them those that are quantized, or become so."""
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     first = _first_names(model)
     rules = {r.theirs: r for r in family.rules_for(shapes)}
+    may_be = {f"{name}.weight" for name in quantizable(model)}
     state: dict[str, Tensor] = {}
+    quantized: dict[str, NF4 | Int8] = {}
     source: dict[str, str] = {}
     unexpected: list[str] = []
     with _open_weights(directory) as files:
         for stored, file in files.items():
             rule = rules.get(stored) or rules.get(family.newer_name(stored))
             if rule is None:
-                if not stored.endswith(family.ignored or ("\0",)):
+                ignored = stored.endswith(family.ignored or ("\0",))
+                if not ignored and not quantized_files.describes_another(stored, files):
                     unexpected.append(stored)
+                continue
+            if quantized_files.is_quantized(stored, files):
+                if rule.transpose or len(rule.parts) > 1 or rule.parts[0] not in may_be:
+                    raise UserError(f"tensor {stored} is quantized; only a layer's linear module can be, one by one")
+                weight = quantized_files.read(stored, files, tuple(shapes[rule.parts[0]]))
+                quantized[rule.parts[0]] = moved(weight, device)
                 continue
             for name, value in to_ours(rule, file.get_tensor(stored), shapes, stored).items():
                 value = value.to(device=device, dtype=dtype or value.dtype)
+                if quantize is not None and name in may_be:
+                    quantized[name] = quantize(value)
+                    continue
                 before = source.setdefault(first[name], stored)
                 kept = state.setdefault(first[name], value)
                 if kept is not value and not torch.equal(kept, value):
@@ -112,16 +143,16 @@ def _read_tensors(
                         f"{directory}: {stored} differs from {before}, although they are one matrix under "
                         "config.json's tie_word_embeddings. Set it to false if each is its own."
                     )
-    absent = set(first.values()) - state.keys()
+    absent = set(first.values()) - state.keys() - quantized.keys()
     missing = [r.theirs for r in rules.values() if absent & set(r.parts)] or sorted(absent)
     _complain(directory, family.model_type, list(rules), missing, unexpected)
-    return state
+    return state, quantized
 
 
 def to_ours(rule: Rule, value: Tensor, shapes: dict[str, torch.Size], stored: str) -> dict[str, Tensor]:
     """One stored tensor as our parameters: transposed and split as the rule says, every shape checked."""
     if not value.is_floating_point():
-        raise UserError(f"tensor {stored} holds {value.dtype} numbers; quantized weights cannot be loaded")
+        raise UserError(f"tensor {stored} holds {value.dtype} numbers, and nothing beside it says what they stand for")
     if rule.transpose:
         value = value.t().contiguous()
     expected = tuple(shapes[rule.parts[0]])
@@ -186,11 +217,11 @@ class _open_weights:
         self.stack.close()
 
 
-def to_family(state: dict[str, Tensor], family: Family) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters as the family's named tensors.
+def to_family(state: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Any]]:
+    """Our parameters as the family's named tensors; quantized weights as they are.
 
     Raises:
-        UserError: a parameter for which the family has no name (of an adapter, say).
+        UserError: a parameter for which the family has no name (of an adapter, say), or not as it is quantized.
     """
     rules = family.rules_for(state)
     strange = state.keys() - {part for rule in rules for part in rule.parts}
@@ -199,7 +230,12 @@ def to_family(state: dict[str, Tensor], family: Family) -> Iterator[tuple[str, T
             f"{family.model_type} files have no place for {sorted(strange)[0]}; merge adapters before saving"
         )
     for rule in rules:
-        yield rule.theirs, to_theirs(rule, state)
+        if all(isinstance(state[part], Tensor) for part in rule.parts):
+            yield rule.theirs, to_theirs(rule, state)
+        elif rule.transpose or len(rule.parts) > 1:
+            raise UserError(f"{family.model_type} files cannot hold {rule.parts[0]} quantized; dequantize it first")
+        else:
+            yield rule.theirs, state[rule.parts[0]]
 
 
 def to_theirs(rule: Rule, state: dict[str, Tensor]) -> Tensor:
@@ -253,9 +289,12 @@ def save_pretrained(
     config: Any = model.config
     family = family_to_write(config)
     own = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = dict(to_family({name: (state or own)[name].cpu() for name in own}, family))
-    content = family.write_config(config)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    numbers, quantized = {name: (state or own)[name].cpu() for name in own}, quantized_weights(model)
+    dtype = str(next(iter(numbers.values())).dtype).removeprefix("torch.")
+    tensors: dict[str, Tensor] = {}
+    for name, value in to_family(numbers | quantized, family):
+        tensors |= {name: value} if isinstance(value, Tensor) else quantized_files.spelt(name, value, dtype)
+    content = family.write_config(config) | quantized_files.config_of(quantized.values())
     for each in (content, *(content[key] for key in family.parts)):
         each |= {"torch_dtype": dtype, "dtype": dtype}
     plan = split_torch_state_dict_into_shards(

@@ -5,9 +5,9 @@ leave the outer ones unused. NF4's are quantiles of the normal distribution, sca
 Each block of 64 weights is divided by its largest, which is kept beside the codes, in fp32 at first: 4.5 bits a weight.
 Double quantization (section 3) keeps these in 8 bits, less their mean, in blocks of 256: 4.127 bits.
 
-Codes and scales are bitsandbytes', bit for bit. What makes the weights again is a kernel of native/fused.c on a CPU, and
-on a GPU bitsandbytes' where it is installed, or else the definition below, compiled. On a CPU ours is the faster one
-(bench/qlora.py), and bitsandbytes' is wrong where a row of the matrix does not hold whole blocks.
+Codes and scales are bitsandbytes', bit for bit. What makes the weights again is a kernel of native/fused.c on a CPU,
+and on a GPU bitsandbytes' where it is installed, or else the definition below, compiled. On a CPU ours is the faster
+one (bench/qlora.py), and bitsandbytes 0.50 goes wrong there where a row does not hold whole blocks.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ never activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +61,14 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return grad @ ctx.make(grad.dtype, *ctx.saved_tensors), None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors  # to be asked for once, under activation checkpointing
+        return grad @ ctx.make(grad.dtype, *stored), None, *(None for _ in stored)
 
 
 class QuantizedLinear(nn.Module):
     """x [..., in] -> [..., out], with a weight that stands in buffers; the bias, a parameter, is left as it is."""
 
-    def __init__(self, weight: Any, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Any, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
@@ -137,3 +138,38 @@ class Linear8bit(QuantizedLinear):
         y = _Frozen.apply(x, lambda dtype, codes: codes.to(dtype), self.codes)
         y = (y * (self.absmax / 127)).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+def quantizable(model: nn.Module, skip_modules: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The linear modules that may be quantized, by name: those inside a model's layers, but no router of experts.
+
+    Embeddings, heads and norms are few of the weights, and every token depends on them.
+
+    Args:
+        model: one with `layers`, at whatever depth.
+        skip_modules: names, or ends of names, of modules to leave as they are, with all that is in them.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        inside = "layers" in name.split(".") and not name.endswith(".gate")
+        skipped = any(f".{skip}." in f".{name}." for skip in skip_modules)
+        if type(module) is nn.Linear and inside and not skipped:
+            found[name] = module
+    return found
+
+
+def moved(weight: NF4 | Int8, device: torch.device | str) -> NF4 | Int8:
+    """The weight on a device."""
+    parts: dict[str, Any] = {n: v.to(device) for n, v in weight._asdict().items() if isinstance(v, Tensor)}
+    return weight._replace(**parts)
+
+
+def put_in(model: nn.Module, name: str, weight: NF4 | Int8) -> None:
+    """Let the linear module `name` keep this weight; its bias stays."""
+    kind, linear = Linear4bit if isinstance(weight, NF4) else Linear8bit, cast(nn.Linear, model.get_submodule(name))
+    model.set_submodule(name, kind(weight, linear.bias))
+
+
+def quantized_weights(model: nn.Module) -> dict[str, NF4 | Int8]:
+    """The weights that are kept so, by the names that they had as parameters."""
+    return {f"{n}.weight": m.quantized for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}

@@ -4,6 +4,7 @@ model = add_lora(model, LoraConfig(r=16, lora_alpha=32))     adapters.py, lora.p
 save_adapter(model, "runs/mine")                             interchange.py: PEFT's files
 model = load_adapter(model, "runs/mine")
 model = merge(model)                                         merging.py
+model = quantize_nf4(model)                                  quantize.py: the base below adapters in four bits
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ _PUBLIC = {
     "LoraConfig": "config",
     "add_lora": "adapters",
     "adapter_names": "adapters",
+    "dequantize": "quantize",
     "disable_adapter": "adapters",
     "load_adapter": "interchange",
     "merge": "merging",
+    "quantize_int8": "quantize",
+    "quantize_nf4": "quantize",
     "save_adapter": "interchange",
     "set_adapter": "adapters",
 }
@@ -27,9 +31,12 @@ __all__ = [
     "LoraConfig",
     "adapter_names",
     "add_lora",
+    "dequantize",
     "disable_adapter",
     "load_adapter",
     "merge",
+    "quantize_int8",
+    "quantize_nf4",
     "save_adapter",
     "set_adapter",
 ]
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from zero2hero.tune.config import LoraConfig
     from zero2hero.tune.interchange import load_adapter, save_adapter
     from zero2hero.tune.merging import merge
+    from zero2hero.tune.quantize import dequantize, quantize_int8, quantize_nf4
 
 
 def __getattr__(name: str) -> Any:

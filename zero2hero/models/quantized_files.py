@@ -26,21 +26,19 @@ from zero2hero.nn.dynamic_code import dynamic_code
 from zero2hero.nn.nf4 import BLOCK, NF4, nf4_code
 from zero2hero.nn.quantized import Int8
 
-STATE = ".quant_state.bitsandbytes__"
-OF_NF4 = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE}nf4", f"{STATE}fp4")
-OF_INT8 = {"SCB": "weight", "weight_format": "weight"}  # these stand beside the weight, not below it
+NF4_STATE, FP4_STATE = (f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE, FP4_STATE)
 KEY = "quantization_config"
 
 
-def check_config(theirs: Mapping[str, Any]) -> None:
-    """Raises UserError: config.json names a quantization that cannot be read here."""
-    settings = theirs.get(KEY)
+def check_config(settings: Any) -> None:
+    """Of what config.json has under `KEY`. Raises UserError: a quantization that cannot be read here."""
     if settings is None:
         return
     method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
     if method != "bitsandbytes":
         raise UserError(
-            f"config.json: the weights are quantized by {method!r}, which cannot be read; NF4 and int8 of bitsandbytes can"
+            f"config.json: the weights are quantized by {method!r}, which cannot be read here; bitsandbytes' can"
         )
 
 
@@ -66,30 +64,32 @@ def config_of(weights: Iterable[NF4 | Int8]) -> dict[str, Any]:
     }}  # fmt: skip
 
 
-def weight_of(stored: str, names: Mapping[str, Any]) -> str | None:
-    """The quantized weight to which the tensor `stored` of a file belongs; None when it is a tensor of its own."""
-    for ending in OF_NF4:
-        if stored.endswith(ending):
-            return stored.removesuffix(ending)
+def is_quantized(stored: str, files: Mapping[str, Any]) -> bool:
+    """Whether the weight `stored` is in NF4, FP4 or int8, by the names that stand beside it."""
+    return any(stored + ending in files for ending in (NF4_STATE, FP4_STATE)) or _scales(stored) in files
+
+
+def describes_another(stored: str, files: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a part of what stands for a quantized weight."""
     module, _, kind = stored.rpartition(".")
-    weight = f"{module}.{OF_INT8.get(kind)}"
-    return weight if kind in OF_INT8 and weight in names else None
+    weights = [stored.removesuffix(ending) for ending in BESIDE if stored.endswith(ending)]
+    weights += [f"{module}.weight"] * (kind in ("SCB", "weight_format"))
+    return any(weight in files and is_quantized(weight, files) for weight in weights)
 
 
-def read(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | NF4 | Int8:
-    """The weight `stored`, quantized or not; a quantized one should stand for numbers of this shape.
+def _scales(stored: str) -> str:
+    return f"{stored.removesuffix('.weight')}.SCB"
+
+
+def read(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> NF4 | Int8:
+    """A quantized weight that stands for numbers of this shape. `files`: each tensor's safetensors file.
 
     Raises:
-        UserError: a part is missing or does not fit, or it is a kind that is not read here.
+        UserError: a part is missing or does not fit, or it is of a kind that is not read here.
     """
-    if f"{stored}{STATE}fp4" in files:
+    if stored + FP4_STATE in files:
         raise UserError(f"tensor {stored} is in FP4, which is not read here; NF4 is")
-    module = stored.removesuffix(".weight")
-    if f"{stored}{STATE}nf4" in files:
-        return _read_nf4(stored, files, shape)
-    if f"{module}.SCB" in files:
-        return _read_int8(stored, files, shape)
-    return files[stored].get_tensor(stored)
+    return (_read_nf4 if stored + NF4_STATE in files else _read_int8)(stored, files, shape)
 
 
 def _read_nf4(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> NF4:
@@ -107,7 +107,7 @@ def _read_nf4(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> 
         return value
 
     try:
-        state = json.loads(bytes(part(f"{STATE}nf4", torch.uint8).tolist()))
+        state = json.loads(bytes(part(NF4_STATE, torch.uint8).tolist()))
         double = f"{stored}.nested_absmax" in files
         found = [state["shape"], state["blocksize"], state["quant_type"]]
         wanted: list[Any] = [list(shape), BLOCK, "nf4"]
@@ -115,7 +115,7 @@ def _read_nf4(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> 
             found, wanted = [*found, state["nested_blocksize"]], [*wanted, NESTED_BLOCK]
             offset = torch.tensor(float(state["nested_offset"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"tensor {stored}{STATE}nf4 is no description of NF4 weights: {error!r}") from None
+        raise UserError(f"tensor {stored}{NF4_STATE} is no description of NF4 weights: {error!r}") from None
     if found != wanted:
         raise UserError(
             f"tensor {stored} is in NF4 of (shape, blocks, kind) {found}; config.json and this program want {wanted}"
@@ -137,10 +137,9 @@ def _check_code(stored: str, theirs: Tensor, ours: Tensor) -> None:
 
 
 def _read_int8(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) -> Int8:
-    module = stored.removesuffix(".weight")
-    codes, absmax = files[stored].get_tensor(stored), files[f"{module}.SCB"].get_tensor(f"{module}.SCB")
-    layout = files.get(f"{module}.weight_format")
-    if layout is not None and int(layout.get_tensor(f"{module}.weight_format")) != 0:
+    scales, layout = _scales(stored), f"{stored}_format"
+    codes, absmax = files[stored].get_tensor(stored), files[scales].get_tensor(scales)
+    if layout in files and int(files[layout].get_tensor(layout)) != 0:
         raise UserError(f"tensor {stored} is laid out for one kind of GPU; save it anew with a newer bitsandbytes")
     if codes.dtype != torch.int8 or tuple(codes.shape) != shape or absmax.numel() != shape[0]:
         raise UserError(
@@ -153,11 +152,8 @@ def _read_int8(stored: str, files: Mapping[str, Any], shape: tuple[int, ...]) ->
 def spelt(stored: str, weight: NF4 | Int8, dtype: str) -> dict[str, Tensor]:
     """A quantized weight as a file's tensors; `dtype` is that of the numbers that it stands for."""
     if isinstance(weight, Int8):
-        module = stored.removesuffix(".weight")
-        return {
-            stored: weight.codes, f"{module}.SCB": weight.absmax,
-            f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
-        }  # fmt: skip
+        layout = torch.tensor(0, dtype=torch.uint8)
+        return {stored: weight.codes.cpu(), _scales(stored): weight.absmax.cpu(), f"{stored}_format": layout}
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": dtype, "shape": list(weight.shape)}
     tensors = {stored: weight.codes[:, None], f"{stored}.absmax": weight.absmax, f"{stored}.quant_map": nf4_code()}
     if weight.nested_absmax is not None and weight.offset is not None:
@@ -167,4 +163,5 @@ def spelt(stored: str, weight: NF4 | Int8, dtype: str) -> dict[str, Tensor]:
             f"{stored}.nested_quant_map": dynamic_code(signed=True),
         }
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return tensors | {f"{stored}{STATE}nf4": text}
+    # a file holds the codes of each weight anew
+    return {name: tensor.cpu().clone() for name, tensor in tensors.items()} | {stored + NF4_STATE: text}
