@@ -238,7 +238,7 @@ def to_family(state: Mapping[str, Any], family: Family) -> Iterator[tuple[str, A
             yield rule.theirs, state[rule.parts[0]]
 
 
-def to_theirs(rule: Rule, state: dict[str, Tensor]) -> Tensor:
+def to_theirs(rule: Rule, state: Mapping[str, Tensor]) -> Tensor:
     """Our parameters as the one tensor that the rule makes of them."""
     value = torch.cat([state[p] for p in rule.parts]) if len(rule.parts) > 1 else state[rule.parts[0]]
     value = value.reshape(rule.stored_shape(tuple(value.shape)))
