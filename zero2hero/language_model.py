@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError, did_you_mean
@@ -134,11 +134,15 @@ class LanguageModel:
         self,
         prompts: Sequence[Sequence[int]],
         *,
+        embeddings: Sequence[Tensor] | None = None,
         stream: bool | Callable[[str], object] = False,
         batch_size: int = 32,
         **settings: Any,
     ) -> list[str]:
-        """What follows each prompt of token ids, prompt by prompt; everything else is as for `generate`."""
+        """What follows each prompt of token ids, prompt by prompt; everything else is as for `generate`.
+
+        `embeddings`: [T, D] for each prompt, what is read in place of its ids (where they hold images, say).
+        """
         config = self.sampling_config(**settings)
         copies = config.num_return_sequences
         if stream and (len(prompts) != 1 or copies != 1):
@@ -148,8 +152,9 @@ class LanguageModel:
         group = max(1, batch_size // copies)
         for start in range(0, len(prompts), group):
             some = prompts[start : start + group]
+            vectors = None if embeddings is None else embeddings[start : start + group]
             pieces: list[list[str]] = [[] for _ in range(len(some) * copies)]
-            for row, piece in self._pieces(some, config):
+            for row, piece in self._pieces(some, config, vectors):
                 pieces[row].append(piece)
                 if show and piece:
                     show(piece)
@@ -199,7 +204,9 @@ class LanguageModel:
             defaults.pop("do_sample", None)
         return SamplingConfig(**(defaults | given))
 
-    def _pieces(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> Iterator[tuple[int, str]]:
+    def _pieces(
+        self, prompts: Sequence[Sequence[int]], config: SamplingConfig, embeddings: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is made."""
         # a stop string that is a special token never shows up as text
         special = {self.tokenizer.token_to_id(stop) for stop in config.stop} & self.tokenizer.all_special_ids
@@ -213,7 +220,7 @@ class LanguageModel:
             ready[row] = texts[row].push(token_id)
             return texts[row].stopped
 
-        for token in generate_tokens(self.model, prompts, config, eos_ids, stopped):
+        for token in generate_tokens(self.model, prompts, config, eos_ids, stopped, embeddings):
             yield token.row, "" if token.id in eos_ids else ready[token.row]
             if token.finish_reason:
                 yield token.row, texts[token.row].finish()
@@ -254,19 +261,23 @@ class Parts:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        tokenizer, config = Tokenizer.from_pretrained(self.directory), self.model.config
-        if tokenizer.vocab_size > config.vocab_size:  # type: ignore[union-attr, operator]
+        tokenizer, config = Tokenizer.from_pretrained(self.directory), cast(Any, self.model.config)
+        known: int = getattr(config, "text_config", config).vocab_size
+        if tokenizer.vocab_size > known:
             raise UserError(
-                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows "
-                f"{config.vocab_size}. They do not belong together."  # type: ignore[union-attr]
+                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}. "
+                "They do not belong together."
             )
         return tokenizer
 
     @cached_property
     def image_processor(self) -> ImageProcessor:
         from zero2hero.data.images import ImageProcessor
+        from zero2hero.data.tiles import TilingProcessor
+        from zero2hero.models.idefics3 import Idefics3
 
-        return ImageProcessor.from_pretrained(self.directory)
+        kind = TilingProcessor if isinstance(self.model, Idefics3) else ImageProcessor
+        return kind.from_pretrained(self.directory)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:

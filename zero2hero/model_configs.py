@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zero2hero.config import NO_OPTION, DecoderConfig, at_least, below, one_of
 from zero2hero.errors import UserError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 TASKS = ("features", "masked_lm", "sequence_classification", "token_classification", "question_answering")
 PLAIN_ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "relu2", "silu")
@@ -132,7 +135,7 @@ class VisionConfig:
     num_attention_heads: int = 4
     intermediate_size: int = 0  # width of the feed-forward; 0: four times hidden_size
     image_size: int = 28  # height and width, in pixels
-    patch_size: int = 4  # the image is cut into squares of so many pixels
+    patch_size: int = 4  # the image is cut into squares of so many pixels; what is left at its edge is not seen
     num_channels: int = 3
     class_token: bool = True  # one more token, which gathers what the whole image shows
     patch_bias: bool = True
@@ -152,8 +155,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "image_size", "patch_size", "num_channels")
         one_of(self, "task", ("image_classification", "features", "attention", "none"))
-        if self.image_size % self.patch_size:
-            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise UserError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -224,20 +227,44 @@ class VisionTextConfig:
 
 
 @dataclass(frozen=True)
-class VisionLanguageConfig:
-    """A language model that reads what an image model saw (models/vision_language.py)."""
+class SeeingConfig:
+    """A language model, an image model, and the token that stands for a piece of an image."""
 
     text_config: DecoderConfig
     vision_config: VisionConfig
-    image_token_index: int = 32000  # the token that stands for a piece of an image
-    projector_hidden_act: str = "gelu"
-    multimodal_projector_bias: bool = True
-    vision_feature_layer: int | list[int] = -2  # whose states are read: 0 enters the first layer, -1 leaves the last
-    vision_feature_select_strategy: str = "default"  # default: without the class token; full: with all tokens
+    image_token_index: int = 32000
     model_type: str | None = field(default=None, metadata=NO_OPTION)
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.image_token_index < self.text_config.vocab_size:
+            raise UserError(
+                f"image_token_index {self.image_token_index} is not one of the language model's "
+                f"{self.text_config.vocab_size} tokens"
+            )
+
+    def derived(self) -> Self:
+        """The same configuration with nothing left at 0: what a model is built from."""
+        return dataclasses.replace(
+            self, text_config=self.text_config.derived(), vision_config=self.vision_config.derived()
+        )
+
+    @property
+    def initializer_range(self) -> float:
+        return self.text_config.initializer_range
+
+
+@dataclass(frozen=True)
+class VisionLanguageConfig(SeeingConfig):
+    """A language model that reads what an image model saw (models/vision_language.py)."""
+
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | list[int] = -2  # whose states are read: 0 enters the first layer, -1 leaves the last
+    vision_feature_select_strategy: str = "default"  # default: without the class token; full: with all tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         one_of(self, "projector_hidden_act", PLAIN_ACTIVATIONS)
         one_of(self, "vision_feature_select_strategy", ("default", "full"))
         layers = self.vision_config.num_hidden_layers
@@ -245,17 +272,6 @@ class VisionLanguageConfig:
             raise UserError(
                 f"vision_feature_layer {self.vision_feature_layer} is not one of the image model's {layers} layers"
             )
-        if not 0 <= self.image_token_index < self.text_config.vocab_size:
-            raise UserError(
-                f"image_token_index {self.image_token_index} is not one of the language model's "
-                f"{self.text_config.vocab_size} tokens"
-            )
-
-    def derived(self) -> VisionLanguageConfig:
-        """The same configuration with nothing left at 0: what a model is built from."""
-        return dataclasses.replace(
-            self, text_config=self.text_config.derived(), vision_config=self.vision_config.derived()
-        )
 
     @property
     def feature_layers(self) -> list[int]:
@@ -267,9 +283,24 @@ class VisionLanguageConfig:
         dropped = self.vision_feature_select_strategy == "default"
         return self.vision_config.num_patches + self.vision_config.class_token - dropped
 
+
+@dataclass(frozen=True)
+class Idefics3Config(SeeingConfig):
+    """A language model that reads an image tile by tile (models/idefics3.py)."""
+
+    scale_factor: int = 2  # so many patches, across and down, become one vector
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "scale_factor")
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        if side % self.scale_factor:
+            raise UserError(f"{side} patches across an image are not a multiple of scale_factor {self.scale_factor}")
+
     @property
-    def initializer_range(self) -> float:
-        return self.text_config.initializer_range
+    def num_image_tokens(self) -> int:
+        """Image tokens for each tile."""
+        return self.vision_config.num_patches // self.scale_factor**2
 
 
 def _check_labels(id2label: dict[int, str]) -> None:

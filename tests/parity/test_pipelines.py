@@ -352,25 +352,3 @@ def test_translation_asks_which(folder_of):
     folder = folder_of("T5ForConditionalGeneration", task_specific_params=params)
     with pytest.raises(UserError, match="Name the task: translation_en_to_de, translation_en_to_fr"):
         z2h.pipeline("translation", folder)("Hi")
-
-
-# --- images ---------------------------------------------------------------------------------------------------
-
-
-def test_image_classification(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
-    config = transformers.ViTConfig(**SHAPE, image_size=16, patch_size=4, num_labels=7)
-    randomized(transformers.ViTForImageClassification(config)).save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    files = []
-    for i, (height, width) in enumerate([(16, 16), (31, 20), (9, 40)]):
-        pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
-        files.append(str(tmp_path / f"{i}.png"))
-    settings = [{}, {"top_k": 1}, {"top_k": 99}, {"function_to_apply": "sigmoid"}]
-    compare("image-classification", tmp_path, itertools.product([files[0], files[:1], files], settings))
-    ours = z2h.pipeline(model=tmp_path, device="cpu")
-    same(ours(Image.open(files[1])), ours(files[1]))
-    with pytest.raises(UserError, match="an image: a file"):
-        ours(3)

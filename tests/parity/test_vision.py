@@ -155,7 +155,7 @@ def test_a_vit_made_here_opens_there(tmp_path):
         ({"num_hidden_layers": 3}, "missing for vit: vit.encoder.layer.2"),
         ({"hidden_size": 64}, "shape"),
         ({"image_size": 16}, r"position_embeddings has shape \[1, 10, 32\].*\[1, 17, 32\]"),
-        ({"image_size": 13}, "image_size 13 is not a multiple of patch_size 4"),
+        ({"image_size": 3}, "image_size 3 is smaller than patch_size 4"),
         ({"patch_size": "4"}, "wrong kind"),
         ({"id2label": {"0": "a", "2": "b"}}, "labels 0, 1, 2"),
     ],

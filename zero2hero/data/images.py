@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from zero2hero.io import atomic_write
 from zero2hero.models.checkpoint import read_json
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
@@ -87,6 +89,8 @@ def open_image(source: str | Path | bytes | Image, mode: str = "RGB") -> Image:
 class ImageProcessor:
     """How images become pixels, under the names of preprocessor_config.json."""
 
+    kinds: ClassVar[dict[str, dict[str, Any]]] = _KINDS
+
     size: Mapping[str, int]  # height and width, or shortest_edge: the proportions stay
     crop_size: Mapping[str, int] = dataclasses.field(default_factory=lambda: _SQUARE)  # height, width
     resample: int = 2  # Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
@@ -101,7 +105,7 @@ class ImageProcessor:
     image_processor_type: str = "ViTImageProcessor"
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path) -> ImageProcessor:
+    def from_pretrained(cls, path_or_id: str | Path) -> Self:
         """The processor of a model's directory or hub id.
 
         Raises:
@@ -116,12 +120,11 @@ class ImageProcessor:
         kind = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
         match = re.fullmatch(r"(\w+?)(ImageProcessor|FeatureExtractor)(Fast|Pil)?", kind)
         name = match[1] if match else kind
-        if name not in _KINDS:
-            raise UserError(
-                f"{path}: unknown image processor {kind!r}; known: {', '.join(_KINDS)}.{did_you_mean(name, _KINDS)}"
-            )
+        if name not in cls.kinds:
+            near = did_you_mean(name, cls.kinds)
+            raise UserError(f"{path}: unknown image processor {kind!r}; known: {', '.join(cls.kinds)}.{near}")
         fields = {field.name for field in dataclasses.fields(cls)}
-        given = _KINDS[name] | {k: v for k, v in said.items() if k in fields and v is not None}
+        given = cls.kinds[name] | {k: v for k, v in said.items() if k in fields and v is not None}
         if isinstance(given["size"], int):
             given["size"] = _square(given["size"]) if name != "CLIP" else {"shortest_edge": given["size"]}
         if isinstance(given.get("crop_size"), int):
@@ -138,6 +141,9 @@ class ImageProcessor:
             value = getattr(self, name)
             if set(value) not in sizes or not all(isinstance(n, int) and n > 0 for n in value.values()):
                 raise UserError(f"{name} should give height and width (or, of size, shortest_edge), not {dict(value)}")
+        self._check_colours()
+
+    def _check_colours(self) -> None:
         if self.resample not in range(6):
             raise UserError(f"resample should be the number of one of Pillow's filters, 0 to 5, not {self.resample}")
         if len(self.image_mean) not in (1, 3) or len(self.image_mean) != len(self.image_std):
@@ -152,6 +158,10 @@ class ImageProcessor:
         """[B, C, H, W] in fp32; images as for `open_image`."""
         return torch.stack([self._prepare(open_image(x, "RGB" if len(self.image_mean) == 3 else "L")) for x in images])
 
+    def in_text(self, image: Image, mark: str) -> str:
+        """What stands for an image in a text: one image token `mark` for each of the pictures that are made of it."""
+        return mark
+
     def _prepare(self, image: Image) -> Tensor:
         if self.do_pad:
             image = self._squared(image)
@@ -161,6 +171,10 @@ class ImageProcessor:
             width, height = self.crop_size["width"], self.crop_size["height"]
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))  # black where there is no image
+        return self._numbers(image)
+
+    def _numbers(self, image: Image) -> Tensor:
+        """[C, H, W]"""
         x = torch.from_numpy(np.array(image)).float().view(image.height, image.width, -1).permute(2, 0, 1)
         if self.do_rescale:
             x = x * self.rescale_factor

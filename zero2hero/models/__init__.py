@@ -6,6 +6,7 @@ from zero2hero.config import DecoderConfig
 from zero2hero.model_configs import (
     EncoderConfig,
     EncoderDecoderConfig,
+    Idefics3Config,
     VisionConfig,
     VisionLanguageConfig,
     VisionTextConfig,
@@ -14,6 +15,7 @@ from zero2hero.models.checkpoint import from_pretrained, save_pretrained
 from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.models.encoder_decoder import EncoderDecoder
+from zero2hero.models.idefics3 import Idefics3
 from zero2hero.models.vision import VisionTransformer
 from zero2hero.models.vision_language import VisionLanguage
 from zero2hero.models.vision_text import VisionText
@@ -25,6 +27,8 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Idefics3",
+    "Idefics3Config",
     "VisionConfig",
     "VisionLanguage",
     "VisionLanguageConfig",

@@ -60,16 +60,24 @@ class VisionTransformer(nn.Module):
         expected = (c.num_channels, c.image_size, c.image_size)
         if pixels_BCHW.dim() != 4 or tuple(pixels_BCHW.shape[1:]) != expected:
             raise UserError(f"images should be [B, {', '.join(map(str, expected))}], not {list(pixels_BCHW.shape)}")
-        x = self.embed_patches(pixels_BCHW.to(self.embed_patches.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.patches(pixels_BCHW)
         if c.class_token:
             x = torch.cat([self.embed_class.expand(len(x), 1, -1), x], 1)
-        x = self.dropout(x + self.embed_positions.weight)
-        if c.first_norm:
+        return self.through_layers(x + self.embed_positions.weight, Mask(None), layers)
+
+    def patches(self, pixels_BCHW: Tensor) -> Tensor:
+        """The vector of each patch [B, T, D], row by row, which does not know its place yet."""
+        return self.embed_patches(pixels_BCHW.to(self.embed_patches.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def through_layers(self, x: Tensor, mask: Mask, layers: Sequence[int]) -> list[Tensor]:
+        """What leaves each of these layers when vectors [B, T, D] with their places go in; see `states`."""
+        x = self.dropout(x)
+        if self.config.first_norm:
             x = self.first_norm(x)
         wanted = [layer % (len(self.layers) + 1) for layer in layers]
         found = {0: x}
         for i in range(max(wanted)):
-            x = self.layers[i](x, Mask(None), None, None, i, None)
+            x = self.layers[i](x, mask, None, None, i, None)
             if i + 1 in wanted:
                 found[i + 1] = x
         return [found[layer] for layer in wanted]

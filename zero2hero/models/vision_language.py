@@ -14,13 +14,14 @@ B texts, T time, I images, N image tokens for each, D width of the language mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from zero2hero.errors import UserError
-from zero2hero.model_configs import VisionLanguageConfig
+from zero2hero.model_configs import SeeingConfig, VisionLanguageConfig
 from zero2hero.models.decoder import Decoder
 from zero2hero.models.vision import VisionTransformer
 from zero2hero.nn.feedforward import ACTIVATIONS
@@ -44,11 +45,15 @@ class Projector(nn.Module):
 class VisionLanguage(nn.Module):
     """`hidden = model(ids, pixels)`, `logits = model.logits(hidden)`."""
 
-    def __init__(self, config: VisionLanguageConfig) -> None:
+    tower_class: type[VisionTransformer] = VisionTransformer  # a variant has others
+    projector_class: type[nn.Module] = Projector
+
+    def __init__(self, config: SeeingConfig) -> None:
         super().__init__()
-        self.config = c = config.derived()
-        self.vision_tower = VisionTransformer(c.vision_config)
-        self.projector = Projector(c)
+        self.config: Any = config.derived()
+        c = self.config
+        self.vision_tower = self.tower_class(c.vision_config)
+        self.projector = self.projector_class(c)
         self.language_model = Decoder(c.text_config)
 
     def forward(
@@ -72,17 +77,19 @@ class VisionLanguage(nn.Module):
         Raises:
             UserError: more or fewer image tokens than the images have.
         """
+        return self.merge(ids_BT, None if pixels_ICHW is None else self.image_features(pixels_ICHW))
+
+    def merge(self, ids_BT: Tensor, features_IND: Tensor | None) -> Tensor:
+        """The vectors [B, T, D] of tokens, with what `image_features` found in the places of the image tokens."""
         x = self.language_model.embed_tokens(ids_BT)
         places = ids_BT == self.config.image_token_index
-        images, each = 0 if pixels_ICHW is None else len(pixels_ICHW), self.config.num_image_tokens
+        images, each = (0, self.config.num_image_tokens) if features_IND is None else features_IND.shape[:2]
         if int(places.sum()) != images * each:
             raise UserError(
                 f"the text has {int(places.sum())} image tokens (id {self.config.image_token_index}), and {images} "
                 f"images of {each} need {images * each}"
             )
-        if pixels_ICHW is None:
-            return x
-        return x.masked_scatter(places[..., None], self.image_features(pixels_ICHW).to(x.dtype))
+        return x if features_IND is None else x.masked_scatter(places[..., None], features_IND.to(x.dtype))
 
     def image_features(self, pixels_ICHW: Tensor) -> Tensor:
         """What takes the place of an image's tokens: [I, N, D]."""

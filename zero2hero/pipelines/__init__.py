@@ -16,10 +16,13 @@ from zero2hero.language_model import LanguageModel, load_parts
 from zero2hero.models.decoder import Decoder
 from zero2hero.models.encoder import Encoder
 from zero2hero.models.encoder_decoder import EncoderDecoder
+from zero2hero.models.vision_language import VisionLanguage
+from zero2hero.models.vision_text import VisionText
 from zero2hero.pipelines.answer import QuestionAnswering
 from zero2hero.pipelines.base import Pipeline
 from zero2hero.pipelines.classify import TextClassification, ZeroShotClassification
-from zero2hero.pipelines.look import ImageClassification
+from zero2hero.pipelines.look import ImageClassification, ZeroShotImageClassification
+from zero2hero.pipelines.see import ImageTextToText, VisualQuestionAnswering
 from zero2hero.pipelines.tokens import FeatureExtraction, FillMask, TokenClassification
 from zero2hero.pipelines.write import Text2Text, TextGeneration
 
@@ -39,8 +42,21 @@ TASKS: dict[str, tuple[type[Pipeline], set[str]]] = {
         {"features", "masked_lm", "sequence_classification", "token_classification", "question_answering", "decoder"},
     ),
     "image-classification": (ImageClassification, {"image_classification"}),
+    "zero-shot-image-classification": (ZeroShotImageClassification, {"vision-text"}),
+    "image-text-to-text": (ImageTextToText, {"vision-language"}),
+    "visual-question-answering": (VisualQuestionAnswering, {"vision-language"}),
 }
-ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+ALIASES = {
+    "sentiment-analysis": "text-classification",
+    "ner": "token-classification",
+    "vqa": "visual-question-answering",
+}
+_KINDS: dict[type, str] = {
+    Decoder: "decoder",
+    EncoderDecoder: "encoder-decoder",
+    VisionText: "vision-text",
+    VisionLanguage: "vision-language",
+}
 
 
 def pipeline(
@@ -85,7 +101,7 @@ def pipeline(
 
 def _kind(model: Any) -> str:
     """What sort of model this is, by its class or by the task of its head."""
-    for kind, name in ((Decoder, "decoder"), (EncoderDecoder, "encoder-decoder")):
+    for kind, name in _KINDS.items():
         if isinstance(model, kind):
             return name
     headed = isinstance(model, Encoder) or getattr(model.config, "task", None) == "image_classification"

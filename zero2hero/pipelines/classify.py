@@ -72,6 +72,20 @@ def _text_or_pair(one: str | dict[str, str]) -> str | tuple[str, str]:
     return (one["text"], one["text_pair"]) if "text_pair" in one else one["text"]
 
 
+def checked_labels(task: str, labels: str | Sequence[str], template: str) -> tuple[list[str], list[str]]:
+    """The labels to choose from, given as a list or as one text with commas, and the sentence that each stands for.
+
+    Raises:
+        UserError: no label, something else than a text, or a template with no place for one.
+    """
+    found = [label.strip() for label in labels.split(",") if label.strip()] if isinstance(labels, str) else list(labels)
+    if not found or not all(isinstance(label, str) for label in found):
+        raise UserError(f"{task} needs candidate_labels, a list of texts to choose from")
+    if "{}" not in template:
+        raise UserError(f"hypothesis_template {template!r} has no place {{}} for the label")
+    return found, [template.replace("{}", label) for label in found]
+
+
 class ZeroShotClassification(TextPipeline):
     """{"sequence", "labels", "scores"} with the labels best first."""
 
@@ -86,15 +100,7 @@ class ZeroShotClassification(TextPipeline):
         hypothesis_template: str = "This example is {}.", multi_label: bool = False,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """`multi_label`: each label is judged alone (entailed or contradicted), so scores need not add up to 1."""
-        if isinstance(candidate_labels, str):
-            labels = [label.strip() for label in candidate_labels.split(",") if label.strip()]
-        else:
-            labels = list(candidate_labels)
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise UserError(f"{self.task} needs candidate_labels, a list of texts to choose from")
-        if "{}" not in hypothesis_template:
-            raise UserError(f"hypothesis_template {hypothesis_template!r} has no place {{}} for the label")
-        hypotheses = [hypothesis_template.replace("{}", label) for label in labels]
+        labels, hypotheses = checked_labels(self.task, candidate_labels, hypothesis_template)
         score = self._by_likelihood if isinstance(self.model, Decoder) else self._by_entailment
         results = []
         for text in inputs:

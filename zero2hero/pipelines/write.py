@@ -8,7 +8,7 @@ from zero2hero.errors import UserError
 from zero2hero.generate.beam import beam_search
 from zero2hero.language_model import SETTINGS, LanguageModel, Parts
 from zero2hero.pipelines.base import Pipeline, TextPipeline
-from zero2hero.tokenizer.chat import is_conversation
+from zero2hero.tokenizer.chat import extended, is_conversation
 
 
 class TextGeneration(Pipeline):
@@ -29,18 +29,18 @@ class TextGeneration(Pipeline):
         texts = self.lm.continuations([self.lm.prompt_ids(one) for one in inputs], **settings)
         copies = len(texts) // len(inputs)
         if return_full_text:
-            texts = [_joined(inputs[row // copies], text) for row, text in enumerate(texts)]
+            texts = [joined(inputs[row // copies], text) for row, text in enumerate(texts)]
         records = [{"generated_text": text} for text in texts]
         return [records[i : i + copies] for i in range(0, len(records), copies)]
 
 
-def _joined(prompt: Any, text: str) -> Any:
+def joined(prompt: Any, text: str) -> Any:
     """The whole text or conversation; an answer that the conversation ends with goes on."""
     if isinstance(prompt, str):
         return prompt + text
     last = prompt[-1]
     if last["role"] == "assistant":
-        return [*prompt[:-1], {**last, "content": last["content"] + text}]
+        return [*prompt[:-1], {**last, "content": extended(last["content"], text)}]
     return [*prompt, {"role": "assistant", "content": text}]
 
 

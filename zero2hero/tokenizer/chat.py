@@ -29,6 +29,19 @@ def is_conversation(value: Any) -> bool:
     )
 
 
+def extended(content: Any, text: str) -> Any:
+    """A message's content with more text at its end, where it is a text or parts of which the last one is.
+
+    Raises `UserError` where it is not.
+    """
+    if isinstance(content, str):
+        return content + text
+    last = content[-1] if isinstance(content, (list, tuple)) and content else None
+    if isinstance(last, Mapping) and isinstance(last.get("text"), str):
+        return [*content[:-1], {**last, "text": last["text"] + text}]
+    raise UserError("the last message has no text to continue")
+
+
 def render(
     template: str,
     messages: Sequence[Message],
@@ -58,9 +71,7 @@ def render(
             raise UserError(
                 "add_generation_prompt begins a new message, continue_final_message none: ask for one of them"
             )
-        if not isinstance(messages[-1].get("content"), str):
-            raise UserError("the last message has no text to continue")
-        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _MARK}]
+        messages = [*messages[:-1], {**messages[-1], "content": extended(messages[-1].get("content"), _MARK)}]
     given = {"tools": None, "documents": None} | more
     given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:

@@ -11,6 +11,7 @@ from zero2hero.models.families.bert import BERT, ROBERTA
 from zero2hero.models.families.clip import CLIP, SIGLIP
 from zero2hero.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from zero2hero.models.families.gpt2 import GPT2
+from zero2hero.models.families.idefics3 import IDEFICS3, SMOLVLM
 from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
 from zero2hero.models.families.llava import LLAVA
 from zero2hero.models.families.moe import MIXTRAL, QWEN3_MOE
@@ -19,7 +20,7 @@ from zero2hero.models.families.vit import VIT
 
 _DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, MIXTRAL, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3)
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*_DECODERS, BERT, ROBERTA, T5, VIT, CLIP, SIGLIP, LLAVA)
+    family.model_type: family for family in (*_DECODERS, BERT, ROBERTA, T5, VIT, CLIP, SIGLIP, LLAVA, IDEFICS3, SMOLVLM)
 }
 
 # What can be written, for those who put a shape together themselves.

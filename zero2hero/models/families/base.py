@@ -241,11 +241,14 @@ class Family:
 
 
 def nested_config(theirs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A nested configuration. Old files of CLIP have a second one, under another key, which counts."""
+    """A nested configuration, without the name of a head, for which the whole has no use.
+
+    Old files of CLIP have a second one, under another key, which counts.
+    """
     content = theirs.get(f"{key}_dict") or theirs.get(key) or {}
     if not isinstance(content, Mapping):
         raise UserError(f"config.json: {key} should be an object, not {content!r}")
-    return content
+    return {name: value for name, value in content.items() if name != "architectures"}
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,21 @@ _LLAMA = replace(
 LANGUAGE_MODELS = (_LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE)
 
 
-class LlavaFamily(Family):
+class SeeingFamily(Family):
     """Head and embedding are one matrix when the whole says so, or its language model."""
 
     def read_config(self, theirs: Mapping[str, Any]) -> Any:
         text = nested_config(theirs, "text_config")
         tied = bool(theirs.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+        return super().read_config({**theirs, "text_config": {**text, "tie_word_embeddings": tied}})
+
+
+class LlavaFamily(SeeingFamily):
+    """The image token has two names."""
+
+    def read_config(self, theirs: Mapping[str, Any]) -> Any:
         mark = theirs.get("image_token_index", theirs.get("image_token_id", 32000))
-        text = {**text, "tie_word_embeddings": tied}
-        return super().read_config({**theirs, "text_config": text, "image_token_index": mark})
+        return super().read_config({**theirs, "image_token_index": mark})
 
 
 LLAVA = LlavaFamily(
