@@ -67,6 +67,16 @@ VERBS = {
         ("zero2hero convert old_model/ new_model/", "zero2hero convert stories15M.bin runs/stories15M"),
         ("source", "output_dir"),
     ),
+    "merge": Verb(
+        "Merge an adapter (LoRA, DoRA) into its base model: an ordinary model directory again.",
+        "zero2hero.options:MergeConfig",
+        "zero2hero.tune.command:merge_adapter",
+        (
+            "zero2hero merge runs/adapter --output_dir runs/merged",
+            "zero2hero merge runs/adapter --output_dir runs/merged --base_model Qwen/Qwen3-0.6B",
+        ),
+        ("adapter",),
+    ),
     "tokenizer train": Verb(
         "Train a tokenizer on text and save it.",
         "zero2hero.options:TokenizerTrainConfig",

@@ -187,6 +187,7 @@ class TrainConfig:
     learning_rate: float = 6e-3
     embedding_lr_scale: float = 1.0  # embeddings (and a tied head) learn at learning_rate times this
     head_lr_scale: float = 0.5  # so does an untied head
+    loraplus_lr_ratio: float = 1.0  # so does an adapter's B (LoRA+; 16 is a good try, with a lower learning_rate)
     weight_decay: float = 0.1
     """Of matrices, each step by learning_rate times this; for sgd and adam, an L2 penalty in the gradient instead."""
     l1_penalty: float = 0.0  # adds this times each matrix's signs to its gradient: many weights go to zero
@@ -240,7 +241,7 @@ class TrainConfig:
                   "keep_best", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps", "learning_rate",
                   "num_train_epochs", "adam_beta1", "adam_beta2", "adam_epsilon", "embedding_lr_scale",
                   "head_lr_scale", "l1_penalty", "label_smoothing_factor", "momentum", "power",
-                  "ema_decay")  # fmt: skip
+                  "ema_decay", "loraplus_lr_ratio")  # fmt: skip
         below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
         if self.activation_offload and not self.gradient_checkpointing:
             raise UserError("train.activation_offload moves what train.gradient_checkpointing keeps: set both")

@@ -34,6 +34,7 @@ from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other
 from zero2hero.models.decoder import Decoder, DecoderConfig
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.chat import Message, is_conversation
+from zero2hero.tune import base_folder, is_adapter, load_adapter
 
 if TYPE_CHECKING:
     from zero2hero.data.images import ImageProcessor
@@ -233,7 +234,7 @@ def _print_piece(piece: str) -> None:
 def load(
     path_or_id: str | Path, device: str | torch.device = "auto", dtype: torch.dtype | str | None = None
 ) -> LanguageModel:
-    """Load a run, a Hugging Face directory or a hub id.
+    """Load a run, a Hugging Face directory or a hub id; or an adapter's, with the base that it names.
 
     Args:
         path_or_id: where it is.
@@ -258,14 +259,16 @@ class Parts:
 
     directory: Path
     model: nn.Module
+    adapter: Path | None = None  # the folder of the adapter on the model; a tokenizer there comes first
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        tokenizer, config = Tokenizer.from_pretrained(self.directory), cast(Any, self.model.config)
+        own = self.adapter if self.adapter and any(self.adapter.glob("tokenizer*")) else self.directory
+        tokenizer, config = Tokenizer.from_pretrained(own), cast(Any, self.model.config)
         known: int = getattr(config, "text_config", config).vocab_size
         if tokenizer.vocab_size > known:
             raise UserError(
-                f"{self.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}. "
+                f"{own}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}. "
                 "They do not belong together."
             )
         return tokenizer
@@ -285,15 +288,28 @@ class Parts:
         return read_json(path) if path.exists() else {}
 
 
+def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """A precision by its name.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    if not isinstance(name, str):
+        return name
+    if name not in _DTYPES:
+        raise UserError(f"unknown dtype '{name}'; use {', '.join(_DTYPES)}.{did_you_mean(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
 def load_parts(path_or_id: str | Path, device: str | torch.device, dtype: torch.dtype | str | None) -> Parts:
     """Any model that is here or on the hub; see `load`."""
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise UserError(f"unknown dtype '{dtype}'; use {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
-        dtype = _DTYPES[dtype]
-    chosen = pick_device(device)
+    dtype, chosen = torch_dtype(dtype), pick_device(device)
     directory = find_folder(path_or_id)
-    return Parts(directory, from_pretrained(directory, dtype=dtype, device=chosen))
+    if not is_adapter(directory):
+        return Parts(directory, from_pretrained(directory, dtype=dtype, device=chosen))
+    base = base_folder(directory)
+    model = from_pretrained(base, dtype=dtype, device=chosen)
+    return Parts(base, load_adapter(model, directory), directory)
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:

@@ -76,6 +76,16 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """`zero2hero merge ADAPTER`."""
+
+    adapter: str  # a folder or hub id with adapter_config.json, as PEFT writes it
+    output_dir: str  # the folder to write the merged model into
+    base_model: str | None = None  # what to merge into; by default the base that the adapter names
+    dtype: str | None = None  # fp32 or bf16; as the base is stored by default
+
+
+@dataclass(frozen=True)
 class RunPipelineConfig:
     """`zero2hero run-pipeline TASK TEXT`."""
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import zero2hero as z2h
+from zero2hero.cli import main
+from zero2hero.errors import UserError
 from zero2hero.models import from_pretrained
 from zero2hero.models.encoder_decoder import EncoderDecoder
+from zero2hero.tokenizer import Tokenizer
 from zero2hero.tune import LoraConfig, adapter_names, add_lora, disable_adapter, load_adapter, merge, save_adapter
+from zero2hero.tune.adapters import adapter_parameters
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -135,3 +143,121 @@ def test_made_here(folders, tmp_path: Path, name: str, kind: str):
     save_adapter(model, tmp_path)
     again = peft.PeftModel.from_pretrained(theirs(folders, name), tmp_path).eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_smallest_and_the_full_configuration(folders, tmp_path: Path, full: bool):
+    trained = trained_by_peft(folders, "llama", {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 5}, tmp_path)
+    if not full:
+        least = {"peft_type": "LORA", "r": 4, "lora_alpha": 5, "target_modules": ["v_proj", "q_proj"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(least))
+    model = load_adapter(from_pretrained(folders["llama"]), tmp_path)
+    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in model.parameters())
+    again = load_adapter(from_pretrained(folders["llama"]), tmp_path, "mine", is_trainable=True)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == adapter_parameters(again, "mine").keys()
+
+
+@pytest.fixture(scope="module")
+def adapter(folders, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["model.norm"]}
+    trained_by_peft(folders, "llama", settings, folder)
+    return folder
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "lora_B.weight is missing"),
+        (lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"], "no update for model.layers.0.self_attn.q_proj"),
+        (lambda t: t.update({Q.replace("q_proj", "q_porj") + ".lora_A.weight": t.pop(f"{Q}.lora_A.weight")}),
+         "Did you mean 'model.layers.0.self_attn.q_proj'"),
+        (lambda t: t.update({Q.replace(".0.", ".7.") + ".lora_A.weight": torch.zeros(4, 32)}), "not there"),
+        (lambda t: t.update({f"{Q}.lora_A.default.weight": torch.zeros(4, 32)}), "no parameter model.layers.0"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "unexpected"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(5, 32)}), r"shape \[5, 32\] and should have \[4, 32\]"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(48, 4)}), r"shape \[48, 4\] .* made for"),
+        (lambda t: t.update({"lora_A": torch.zeros(1)}), "should begin with base_model.model."),
+        (lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(31)}), "shape"),
+        (lambda t: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(61, 32)}),
+         "brings along"),
+        (lambda t: t.clear(), "no update of any module"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused(folders, adapter: Path, tmp_path: Path, damage, message: str):
+    """PEFT passes over most of these with a warning."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    model = from_pretrained(folders["llama"])
+    before = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, tmp_path)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "'IA3' is not LORA"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"init_lora_weights": "pissa"}, "changed its base"),
+        ({"lora_bias": True}, "lora_bias = True may change"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"something_new": "x"}, "something_new"),
+        ({"r": "four"}, "whole number"),
+        ({"lora_dropout": "much"}, "adapter_config.json"),
+        ({"target_modules": 3}, "adapter_config.json"),
+        ({"rank_pattern": ["q_proj"]}, "adapter_config.json"),
+    ],
+)
+def test_a_setting_that_changes_the_mathematics_is_refused(folders, adapter: Path, tmp_path, settings, message):
+    content = json.loads((adapter / "adapter_config.json").read_text()) | settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    save_file(load_file(adapter / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_adapter(from_pretrained(folders["llama"]), tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(folders, adapter: Path, tmp_path: Path):
+    for name in ("gpt2", "bert"):
+        with pytest.raises(UserError, match=f"does not fit this {name} model"):
+            load_adapter(from_pretrained(folders[name]), adapter)
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="is a pickle"):
+        load_adapter(from_pretrained(folders["llama"]), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="damaged"):
+        load_adapter(from_pretrained(folders["llama"]), tmp_path)
+
+
+def test_an_adapters_folder_opens_and_merges_by_itself(folders, tmp_path: Path, capsys):
+    """z2h.load and `zero2hero merge` find the base by its name, also beside the adapter."""
+    base = tmp_path / "base"
+    shutil.copytree(folders["llama"], base)
+    Tokenizer.train(["a tale of a fox"], vocab_size=61, kind="char").save_pretrained(base)
+    expected = logits(trained_by_peft(folders, "llama", {"target_modules": "all-linear"}, tmp_path / "adapter"))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}))
+    lm = z2h.load(tmp_path / "adapter", device="cpu")
+    torch.testing.assert_close(logits(lm.model), expected, rtol=1e-5, atol=1e-5)
+    assert lm.generate("a", max_new_tokens=3, temperature=0)
+    assert main(["merge", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]) == 0
+    torch.testing.assert_close(
+        logits(z2h.load(tmp_path / "merged", device="cpu").model), expected, rtol=1e-4, atol=1e-4
+    )
+    theirs_merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(theirs_merged), expected, rtol=1e-4, atol=1e-4)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert main(["merge", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "other")]) == 2
+    assert "names no base_model_name_or_path" in capsys.readouterr().err
+    options = ["--output_dir", str(tmp_path / "other"), "--base_model", str(base)]
+    assert main(["merge", str(tmp_path / "adapter"), *options]) == 0

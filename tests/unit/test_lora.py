@@ -222,7 +222,7 @@ def test_merging_refuses():
         ({"target_modules": ["q_porj"]}, "Did you mean 'q_proj'"),
         ({"target_modules": "q_proj"}, "regular expression of whole names"),
         ({"target_modules": "("}, "not a regular expression"),
-        ({"target_modules": []}, "empty"),
+        ({"target_modules": []}, "a list of names, not"),
         ({"target_modules": ["input_layernorm"]}, "is a RMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, "finds no module"),
         ({"layers_to_transform": 7}, "finds no module"),

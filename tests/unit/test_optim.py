@@ -72,6 +72,20 @@ def test_learning_rates_and_settings_reach_the_optimizers():
             assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.7), 1e-5)
 
 
+@pytest.mark.parametrize("optim", ["muon", "adamw", "adamw_8bit", "lion"])
+def test_an_adapters_factors_are_not_muons_and_b_learns_faster(optim):
+    names = [f"layers.0.self_attn.q_proj.adapters.default.{kind}" for kind in ("A", "B", "magnitude")]
+    parameters = {name: random(4, 4) if name[-1] in "AB" else random(4) for name in names}
+    parameters["norm.adapters.default.weight"] = random(4)
+    optimizers = make_optimizers(parameters, TrainConfig(optim=optim, learning_rate=0.01, loraplus_lr_ratio=16))
+    rates = {}
+    for optimizer in optimizers:
+        assert type(optimizer).__name__ != "Muon"
+        for group in optimizer.param_groups:
+            rates |= {id(p): group["initial_lr"] for p in group["params"]}
+    assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.01, 0.16, 0.01, 0.01])
+
+
 def test_a_tied_matrix_is_updated_once():
     model = Decoder(DecoderConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     optimizers = make_optimizers(dict(model.named_parameters()), TrainConfig())

@@ -21,7 +21,10 @@ from zero2hero.models.llama2c import read_llama2c
 from zero2hero.options import ConvertConfig
 
 OLD, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_BESIDE = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "vocab.*", "merges.txt")
+_BESIDE = (
+    "tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 
 
 def convert(config: ConvertConfig) -> None:
@@ -35,12 +38,17 @@ def convert(config: ConvertConfig) -> None:
         save_pretrained(read_llama2c(source), output)
     elif source.is_dir():
         save_pretrained(_read_old(source, output), output)
-        for pattern in _BESIDE:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, output / file.name)
+        copy_beside(source, output)
     else:
         raise UserError(f"there is no {source}: give a folder with {OLD}, or a llama2.c file")
     print(f"{source} -> {output}")
+
+
+def copy_beside(source: Path, output: Path) -> None:
+    """Copy what lies beside a model's weights: its tokenizer, its generation settings, how images are prepared."""
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, output / file.name)
 
 
 def _read_old(source: Path, output: Path) -> nn.Module:

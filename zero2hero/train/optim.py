@@ -8,12 +8,17 @@
     muon        Jordan et al. 2024, for matrices; the rest AdamW   train/muon.py
     adamw_8bit  Dettmers et al. 2021; embeddings, vectors AdamW    train/eight_bit.py
 
+Of an adapter (tune/lora.py) the two factors have groups of their own, of AdamW where the rest is Muon's: orthogonal
+steps in A and B are none in their product. LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B, which begins as zero, should
+learn faster than A, by `loraplus_lr_ratio`.
+
 Only the layers' matrices decay. Pulling a norm's scale towards zero does not regularize, and an embedding's rare rows
 would fade away.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -31,9 +36,12 @@ def make_optimizers(
     parameters: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a run for named (fp32) parameters; `dtype` is what the model computes in."""
-    kinds: dict[str, list[Tensor]] = {"matrices": [], "embeddings": [], "heads": [], "vectors": []}
+    kinds: dict[str, list[Tensor]] = {"matrices": [], "embeddings": [], "heads": [], "vectors": [], "A": [], "B": []}
     for name, p in parameters.items():
-        if "embed" in name:
+        factor = re.search(r"\.adapters\.[^.]+\.([AB])$", name)
+        if factor:
+            kinds[factor[1]].append(p)
+        elif "embed" in name:
             kinds["embeddings"].append(p)
         elif "head." in name:  # lm_head, or what stands on an encoder
             kinds["heads"].append(p)
@@ -44,12 +52,14 @@ def make_optimizers(
     heads = {"params": kinds["heads"], "lr": lr * config.head_lr_scale, "weight_decay": 0.0}
     vectors = {"params": kinds["vectors"], "lr": lr, "weight_decay": 0.0}
     matrices = {"params": kinds["matrices"], "lr": lr, "weight_decay": config.weight_decay}
+    ratios = {"A": 1.0, "B": config.loraplus_lr_ratio}
+    factors = [matrices | {"params": kinds[name], "lr": lr * ratio} for name, ratio in ratios.items()]
     if config.optim == "muon":
-        wanted = [("muon", [matrices]), ("adamw", [embeddings, heads, vectors])]
+        wanted = [("muon", [matrices]), ("adamw", [embeddings, heads, vectors, *factors])]
     elif config.optim == "adamw_8bit":
-        wanted = [("adamw_8bit", [matrices, heads]), ("adamw", [embeddings, vectors])]
+        wanted = [("adamw_8bit", [matrices, heads, *factors]), ("adamw", [embeddings, vectors])]
     else:
-        wanted = [(config.optim, [embeddings, heads, vectors, matrices])]
+        wanted = [(config.optim, [embeddings, heads, vectors, matrices, *factors])]
     optimizers = []
     for name, groups in wanted:
         groups = [group for group in groups if group["params"]]

@@ -18,7 +18,9 @@ _PUBLIC = {
     "add_lora": "adapters",
     "adapter_names": "adapters",
     "dequantize": "quantize",
+    "base_folder": "interchange",
     "disable_adapter": "adapters",
+    "is_adapter": "interchange",
     "load_adapter": "interchange",
     "merge": "merging",
     "quantize_int8": "quantize",
@@ -32,7 +34,9 @@ __all__ = [
     "adapter_names",
     "add_lora",
     "dequantize",
+    "base_folder",
     "disable_adapter",
+    "is_adapter",
     "load_adapter",
     "merge",
     "quantize_int8",
@@ -44,7 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from zero2hero.tune.adapters import adapter_names, add_lora, disable_adapter, set_adapter
     from zero2hero.tune.config import LoraConfig
-    from zero2hero.tune.interchange import load_adapter, save_adapter
+    from zero2hero.tune.interchange import base_folder, is_adapter, load_adapter, save_adapter
     from zero2hero.tune.merging import merge
     from zero2hero.tune.quantize import dequantize, quantize_int8, quantize_nf4
 

@@ -56,8 +56,8 @@ class LoraConfig:
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             near = did_you_mean(str(self.task_type).upper(), TASK_TYPES)
             raise UserError(f"unknown task_type {self.task_type!r}; use {', '.join(TASK_TYPES)}.{near}")
-        if not self.target_modules:
-            raise UserError("target_modules is empty: there is nothing to adapt")
+        if not self.target_modules or not isinstance(self.target_modules, (str, list)):
+            raise UserError(f"target_modules is a text or a list of names, not {self.target_modules!r}")
         patterns = [*self.rank_pattern, *self.alpha_pattern]
         patterns += [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
         for pattern in patterns:

@@ -77,6 +77,27 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise UserError(f"{where}: {error}") from None
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model of its own."""
+    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+
+
+def base_folder(folder: Path, base_model: str | None = None) -> Path:
+    """The folder of an adapter's base: `base_model`, or what its configuration names (as it stands, or beside it).
+
+    Raises:
+        UserError: it names none, or that cannot be found.
+    """
+    name = base_model or read_config(folder).base_model_name_or_path
+    if not name:
+        raise UserError(f"{folder / CONFIG} names no base_model_name_or_path: say which model it adapts")
+    beside = folder.parent / name
+    try:
+        return find_folder(beside if beside.is_dir() and not Path(name).is_dir() else name)
+    except UserError as error:
+        raise UserError(f"the base of the adapter {folder}: {error}") from None
+
+
 def load_adapter(
     model: nn.Module, folder: str | Path, adapter_name: str = "default", is_trainable: bool = False
 ) -> nn.Module:

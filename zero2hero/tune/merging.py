@@ -48,9 +48,10 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     model.eval()
     untied = _untied(model, wrappers)
     before, dequantized = _outputs(model), []
+    dtype = next(p.dtype for name, p in model.named_parameters() if ".adapters." not in name)
     for name, wrapper in wrappers.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, _merged(name, wrapper))
+        setattr(model.get_submodule(parent), attribute, _merged(name, wrapper, dtype))
         if not isinstance(wrapper, SavedModule) and hasattr(wrapper.base, "dequantize") and wrapper.current is not None:
             dequantized.append(name)
     if untied:
@@ -78,7 +79,7 @@ def _untied(model: nn.Module, wrappers: dict[str, Adapted]) -> bool:
     return tied is not None
 
 
-def _merged(name: str, wrapper: Any) -> nn.Module:
+def _merged(name: str, wrapper: Any, dtype: torch.dtype) -> nn.Module:
     """The module that does alone what base and adapter do together."""
     adapter, base = wrapper.current, wrapper.base
     if adapter is None:
@@ -88,8 +89,9 @@ def _merged(name: str, wrapper: Any) -> nn.Module:
     if isinstance(wrapper, LoraEmbedding):
         inputs = torch.arange(min(16, base.num_embeddings), device=base.weight.device)
     else:
-        inputs = torch.randn(16, base.in_features, generator=torch.Generator().manual_seed(0)).to(wrapper.weight)
-    expected, weight = wrapper(inputs), wrapper.weight
+        noise = torch.randn(16, base.in_features, generator=torch.Generator().manual_seed(0))
+        inputs = noise.to(wrapper.weight.device, dtype)
+    expected, weight = wrapper(inputs), wrapper.weight.to(dtype)
     if not weight.isfinite().all():
         raise UserError(f"the adapter of {name} makes numbers that are not finite; nothing can be merged")
     if type(base) not in (nn.Linear, nn.Embedding):
