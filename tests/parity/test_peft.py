@@ -17,7 +17,18 @@ from zero2hero.errors import UserError
 from zero2hero.models import from_pretrained
 from zero2hero.models.encoder_decoder import EncoderDecoder
 from zero2hero.tokenizer import Tokenizer
-from zero2hero.tune import LoraConfig, adapter_names, add_lora, disable_adapter, load_adapter, merge, save_adapter
+from zero2hero.tune import (
+    LoraConfig,
+    adapter_names,
+    add_lora,
+    disable_adapter,
+    load_adapter,
+    load_prefix,
+    load_prompt,
+    merge,
+    save_adapter,
+    save_virtual_tokens,
+)
 from zero2hero.tune.adapters import adapter_parameters
 
 transformers = pytest.importorskip("transformers")
@@ -261,3 +272,23 @@ def test_an_adapters_folder_opens_and_merges_by_itself(folders, tmp_path: Path, 
     assert "names no base_model_name_or_path" in capsys.readouterr().err
     options = ["--output_dir", str(tmp_path / "other"), "--base_model", str(base)]
     assert main(["merge", str(tmp_path / "adapter"), *options]) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens(folders, tmp_path: Path, name: str, kind: str):
+    settings = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind](**settings)
+    load = {"prompt": load_prompt, "prefix": load_prefix}[kind]
+    trained = peft.get_peft_model(theirs(folders, name), config).eval()
+    randomize(p for p in trained.parameters() if p.requires_grad)
+    trained.save_pretrained(tmp_path / "theirs")
+    model = load(from_pretrained(folders[name]), tmp_path / "theirs")
+    expected = logits(trained)[:, -IDS.shape[1] :]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert (logits(model) - logits(from_pretrained(folders[name]))).abs().max() > 0.01
+    save_virtual_tokens(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(theirs(folders, name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again)[:, -IDS.shape[1] :], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="peft_type"):
+        {"prompt": load_prefix, "prefix": load_prompt}[kind](from_pretrained(folders[name]), tmp_path / "ours")

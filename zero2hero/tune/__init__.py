@@ -5,6 +5,7 @@ save_adapter(model, "runs/mine")                             interchange.py: PEF
 model = load_adapter(model, "runs/mine")
 model = merge(model)                                         merging.py
 model = quantize_nf4(model)                                  quantize.py: the base below adapters in four bits
+model = add_prompt(model), add_prefix(model)                 prompt_tuning.py, prefix_tuning.py
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 # public name -> the module that defines it
 _PUBLIC = {
     "LoraConfig": "config",
-    "add_lora": "adapters",
     "adapter_names": "adapters",
-    "dequantize": "quantize",
+    "add_lora": "adapters",
+    "add_prefix": "prefix_tuning",
+    "add_prompt": "prompt_tuning",
     "base_folder": "interchange",
+    "dequantize": "quantize",
     "disable_adapter": "adapters",
     "is_adapter": "interchange",
     "load_adapter": "interchange",
+    "load_prefix": "prefix_tuning",
+    "load_prompt": "prompt_tuning",
     "merge": "merging",
     "quantize_int8": "quantize",
     "quantize_nf4": "quantize",
     "save_adapter": "interchange",
+    "save_virtual_tokens": "prompt_tuning",
     "set_adapter": "adapters",
 }
 
@@ -33,15 +39,20 @@ __all__ = [
     "LoraConfig",
     "adapter_names",
     "add_lora",
-    "dequantize",
+    "add_prefix",
+    "add_prompt",
     "base_folder",
+    "dequantize",
     "disable_adapter",
     "is_adapter",
     "load_adapter",
+    "load_prefix",
+    "load_prompt",
     "merge",
     "quantize_int8",
     "quantize_nf4",
     "save_adapter",
+    "save_virtual_tokens",
     "set_adapter",
 ]
 
@@ -50,6 +61,8 @@ if TYPE_CHECKING:
     from zero2hero.tune.config import LoraConfig
     from zero2hero.tune.interchange import base_folder, is_adapter, load_adapter, save_adapter
     from zero2hero.tune.merging import merge
+    from zero2hero.tune.prefix_tuning import add_prefix, load_prefix
+    from zero2hero.tune.prompt_tuning import add_prompt, load_prompt, save_virtual_tokens
     from zero2hero.tune.quantize import dequantize, quantize_int8, quantize_nf4
 
 
