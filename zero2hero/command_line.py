@@ -61,7 +61,8 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Any:
     try:
         values = parser.parse_args(words, defaults=False).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
-        raise UserError(_explain(str(error))) from None
+        file = next((word.partition("=")[2] for word in words if word.startswith("--config=")), "")
+        raise UserError(_explain(str(error).replace('"<unicode string>"', file))) from None
     values.pop("config", None)
     return from_dict(kind, values)
 

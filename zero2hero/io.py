@@ -52,9 +52,13 @@ def locked(folder: str | Path) -> Iterator[None]:
         UserError: another process has it, or the folder cannot be written.
     """
     path = Path(folder) / ".lock"
-    with saving(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "a+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder} ({error.strerror or error}): choose another --output_dir"
+        ) from error
     with stream:
         try:
             import fcntl

@@ -360,7 +360,7 @@ def test_a_folder_that_cannot_be_written(text, monkeypatch):  # noqa: F811
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(os, "mkdir", read_only)
-    with pytest.raises(UserError, match=r"cannot save .*Read-only file system"):
+    with pytest.raises(UserError, match=r"cannot write into .*run \(Read-only file system\): choose"):
         pretrain(run_config(text, "run"))
 
 

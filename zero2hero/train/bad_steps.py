@@ -37,9 +37,10 @@ def handle(trainer: Trainer, batches: list[Any], loss: float, norm: float) -> No
         often = f" That is {MAX_BAD_STEPS + 1} times in this run." if too_often else ""
         intact = f" The checkpoint {last.name} is intact." if last else ""
         skip = " --resume --train.on_bad_loss skip goes on without this batch." if last and not too_often else ""
+        finer = "" if trainer.masters.shared else ", or --precision fp32"
         raise UserError(
-            f"{words}{often}{intact}{skip} If it comes again, begin anew with a smaller --train.learning_rate, "
-            "a longer --train.warmup_steps, or --precision fp32."
+            f"{words}{often}{intact}{skip} If it comes again, begin anew with a smaller --train.learning_rate or "
+            f"a longer --train.warmup_steps{finer}."
         )
     if choice == "skip":
         state.step, state.bad_steps = state.step + 1, state.bad_steps + 1

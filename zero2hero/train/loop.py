@@ -391,7 +391,9 @@ class Trainer:
 
     def from_main(self, find: Callable[[Path], Path | None]) -> Path | None:
         """A checkpoint of this run, as the main rank finds it."""
-        return self.ranks.gather(find(self.output_dir) if self.output_dir and self.ranks.is_main else None)[0]
+        found = find(self.output_dir) if self.output_dir and self.ranks.is_main else None
+        path = self.ranks.gather(str(found) if found else None)[0]
+        return Path(path) if path else None
 
     def _stop(self, number: int, frame: Any) -> None:
         if self._asked_to_stop is not None and self.ranks.size == 1:  # asked twice: now

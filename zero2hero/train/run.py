@@ -118,8 +118,15 @@ def run(config: RunConfig, begin: Callable[[Place], Task]) -> nn.Module:
     ):
         if ranks.is_main:
             check_directory(config)
+        if train.activation_offload and device.type == "cpu":
+            raise UserError("train.activation_offload moves activations to the CPU's memory, and this run is there")
         place, free = Place(ranks, device, *choose_precision(config.precision, device)), free_memory(str(device))
         task = begin(place)
+        if train.warmup_steps >= max(2, task.total_steps):
+            raise UserError(
+                f"train.warmup_steps {train.warmup_steps:g} is the whole run of {task.total_steps} steps: set "
+                "it lower, such as 0.05 of the run, or train longer"
+            )
         if ranks.is_main:
             atomic_write(Path(config.output_dir) / "run.yaml", to_yaml(dataclasses.replace(config, resume=False)))
         return _train(config, task, place, free)
