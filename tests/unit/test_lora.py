@@ -17,7 +17,18 @@ from zero2hero.models import Decoder, Encoder, init_weights
 from zero2hero.nn.linear import joint_linear
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import causal_lm
-from zero2hero.tune import LoraConfig, adapter_names, add_lora, disable_adapter, merge, save_adapter, set_adapter
+from zero2hero.tune import (
+    LoraConfig,
+    adapter_names,
+    add_lora,
+    dequantize,
+    disable_adapter,
+    merge,
+    quantize_int8,
+    quantize_nf4,
+    save_adapter,
+    set_adapter,
+)
 from zero2hero.tune.adapters import adapter_parameters
 from zero2hero.tune.lora import LoraLinear
 
@@ -173,6 +184,22 @@ def test_a_base_that_is_no_plain_linear(dora: bool):
         merge(model)
     assert type(model.layers[0].self_attn.q_proj) is nn.Linear
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_an_adapter_on_a_quantized_base(quantize):
+    """As on the same base dequantized: values, gradients, and what is merged."""
+    model = quantize(make())
+    plain = dequantize(copy.deepcopy(model))
+    results = []
+    for m in (model, plain):
+        add_lora(m, LoraConfig(r=4))
+        randomize(adapter_parameters(m).values())
+        results.append((logits(m), torch.autograd.grad(logits(m).square().sum(), list(adapter_parameters(m).values()))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    with pytest.warns(UserWarning, match="dequantized weights of 14"):
+        merge(model)
+    torch.testing.assert_close(logits(model), results[0][0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

@@ -32,6 +32,9 @@ from zero2hero.errors import UserError, did_you_mean
 from zero2hero.fetch import find_folder
 from zero2hero.io import atomic_write
 from zero2hero.models.checkpoint import read_json, save_tensors, to_ours, to_theirs
+from zero2hero.models.decoder import Decoder
+from zero2hero.models.encoder import Encoder
+from zero2hero.models.encoder_decoder import EncoderDecoder
 from zero2hero.models.families import family_to_write
 from zero2hero.tune.adapters import adapted_modules, adapter_names, adapter_parameters, install
 from zero2hero.tune.config import LoraConfig
@@ -175,7 +178,8 @@ def save_adapter(
             f"{family.model_type} files have no name for {name}, so no other program could read its adapter"
         )
     config: LoraConfig = next(a.config for a in adapters.values() if isinstance(a, LowRank))
-    content = _spell(config, sizes, list(saved), [rule.theirs for rule in family.rules_for(base_parameters(model))])
+    known = [rule.theirs for rule in family.rules_for(base_parameters(model))] if _spelt_alike(model) else []
+    content = _spell(config, sizes, list(saved), known)
     content["fan_in_fan_out"] = family.model_type == "gpt2"
     content["base_model_name_or_path"] = base_model_name_or_path or config.base_model_name_or_path
     save_tensors(Path(folder) / WEIGHTS, tensors)
@@ -328,8 +332,18 @@ def _joined(
     return {"A": torch.cat(As), "B": torch.block_diag(*blocks), **magnitude}, (rank, alpha)
 
 
+def _spelt_alike(model: nn.Module) -> bool:
+    """Whether transformers names modules as files do. In version 5 it does not for models that see images; an adapter
+    of theirs names its targets in full, so that PEFT says what it does not find and does not pass over it.
+    """
+    return isinstance(model, (Decoder, Encoder, EncoderDecoder))
+
+
 def _spell(config: LoraConfig, sizes: Sizes, saved: list[str], parameters: list[str]) -> dict[str, Any]:
-    """adapter_config.json, modules by the names of the family's files."""
+    """adapter_config.json, modules by the names of the family's files: their ends where these pick out no others.
+
+    `parameters`: all there are; none where ends will not do.
+    """
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     modules = {name.removesuffix(".weight") for name in parameters if name.endswith(".weight")}
     ends = sorted({name.rpartition(".")[2] for name in sizes})

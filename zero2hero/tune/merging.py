@@ -60,7 +60,7 @@ def merge(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
     if before is not None:
         _compare("the model", before, _outputs(model))
     if dequantized:
-        warnings.warn(f"merged into the dequantized weights of {len(dequantized)} quantized matrices", stacklevel=2)
+        warnings.warn(f"merged into the dequantized weights of {len(dequantized)} quantized matrices", stacklevel=3)
     return model.requires_grad_(True).train(training)
 
 
