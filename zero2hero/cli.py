@@ -35,6 +35,28 @@ VERBS = {
             "zero2hero pretrain --data book.txt --output_dir runs/book --train.max_steps 500 --resume",
         ),
     ),
+    "train fill-mask": Verb(
+        "Pretrain an encoder (BERT): it guesses masked words from both sides.",
+        "zero2hero.task_configs:FillMaskConfig",
+        "zero2hero.train.fill_mask:train",
+        (
+            "zero2hero train fill-mask --data book.txt --output_dir runs/bert --train.max_steps 500",
+            "zero2hero train fill-mask --whole_words --model.hidden_size 256 --model.num_attention_heads 8",
+        ),
+    ),
+    "train text-classification": Verb(
+        "Train an encoder to label texts, or to rate them with a number.",
+        "zero2hero.task_configs:TextClassificationConfig",
+        "zero2hero.train.text_classification:train",
+        (
+            "zero2hero train text-classification --train.max_steps 600",
+            "zero2hero train text-classification --data reviews.tsv --base_model runs/bert --output_dir runs/reviews",
+            "zero2hero train text-classification --data train.tsv --validation_data dev.tsv "
+            "--text_column 1 --label_column 2",
+            "zero2hero train text-classification --data sts.csv --text_column 1 --text_pair_column 2 "
+            "--label_column 3 --num_labels 1",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",

@@ -18,6 +18,7 @@ some rows at a time. TSV has no quotes (IANA text/tab-separated-values).
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import json
@@ -59,12 +60,34 @@ def read_documents(path: Path, text_column: str | None, bad: BadRecords) -> Iter
         yield from documents_of(_parquet_rows(path), text_column, bad)
         return
     read_rows = _ROW_READERS.get(file_format(path))
+    with _opened(path) as stream:
+        if read_rows is None:
+            yield from _plain_text(path, stream)
+        else:
+            yield from documents_of(read_rows(path, stream, text_column, bad), text_column, bad)
+
+
+def read_records(path: Path, header: bool, bad: BadRecords) -> Iterator[Row]:
+    """Every record of a file of records. Without a `header` line the columns of a table are called 1, 2, 3, ..."""
+    if file_format(path) == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    with _opened(path) as stream:
+        yield from _ROW_READERS[file_format(path)](path, stream, None if header else "1", bad)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Every line of a plain text file, without its end."""
+    with _opened(path) as stream:
+        yield from (line.rstrip("\n") for line in _lines(path, stream))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked; a `UserError` where that cannot be."""
     try:
         with _UNPACK.get(path.suffix.lower(), open)(path, "rb") as stream:
-            if read_rows is None:
-                yield from _plain_text(path, stream)
-            else:
-                yield from documents_of(read_rows(path, stream, text_column, bad), text_column, bad)
+            yield stream
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} is damaged and cannot be unpacked ({error}): fetch it again.") from error
     except OSError as error:

@@ -8,7 +8,7 @@ B batch, S time of the source, T time of the target.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,15 @@ class Seq2SeqBatch:
 
     def to(self, device: Any) -> Seq2SeqBatch:
         """The same batch as torch tensors on `device`."""
-        import torch
+        return moved(self, device)
 
-        values = (getattr(self, field.name) for field in fields(self))
-        return Seq2SeqBatch(*(None if v is None else torch.as_tensor(v).to(device, non_blocking=True) for v in values))
+
+def moved(batch: Any, device: Any) -> Any:
+    """A dataclass of arrays (or None) with torch tensors on `device` in their place."""
+    import torch
+
+    arrays = {name: value for name, value in vars(batch).items() if value is not None}
+    return replace(batch, **{n: torch.as_tensor(v).to(device, non_blocking=True) for n, v in arrays.items()})
 
 
 def shift_right(targets_BT: np.ndarray, start_id: int) -> np.ndarray:
@@ -50,12 +55,13 @@ def shift_right(targets_BT: np.ndarray, start_id: int) -> np.ndarray:
 
 def seq2seq_batch(sources: list[Any], targets: list[Any], *, start_id: int, pad_id: int = 0) -> Seq2SeqBatch:
     """Pairs of token lists as one batch, padded on the right."""
-    ids, mask = _padded(sources, pad_id)
-    target_ids, _ = _padded(targets, IGNORE)
+    ids, mask = padded(sources, pad_id)
+    target_ids, _ = padded(targets, IGNORE)
     return Seq2SeqBatch(ids, shift_right(target_ids, start_id), target_ids, None if mask.all() else mask)
 
 
-def _padded(texts: list[Any], fill: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(texts: list[Any], fill: int = IGNORE) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of unequal length as one array [B, T], filled up on the right; and 1 where a list is, 0 where it is filled."""
     ids = np.full((len(texts), max(map(len, texts))), fill, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, text in enumerate(texts):

@@ -109,8 +109,8 @@ def language_objective(shape: DecoderConfig, label_smoothing: float = 0.0) -> Ob
     return objective
 
 
-def get_tokenizer(config: PretrainConfig, source: Source) -> Tokenizer:
-    """The tokenizer that the configuration names, or one trained on the run's own text.
+def get_tokenizer(config: Any, source: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config.tokenizer` names, or one trained on the run's own text.
 
     On resume it is the one that the run started with.
     """

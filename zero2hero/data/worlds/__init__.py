@@ -5,6 +5,7 @@
 
 A world is a pure function from (seed, split, index) to a document, so it needs no download, no storage and no
 order: any process can make any document. `stories` and `sums` know the answers to questions about their text;
+`sentiment`, `translation` and `reversal` give records with their labels and answers (`record`);
 `markov`, `induction` and `palindromes` know the best loss that any model can reach on them.
 """
 
@@ -23,6 +24,9 @@ __all__ = ["SPLITS", "WORLDS", "World", "world"]
 WORLDS = {
     "stories": ("zero2hero.data.worlds.stories", "Stories"),
     "sums": ("zero2hero.data.worlds.sums", "Sums"),
+    "sentiment": ("zero2hero.data.worlds.sentiment", "Sentiment"),
+    "translation": ("zero2hero.data.worlds.pairs", "Translation"),
+    "reversal": ("zero2hero.data.worlds.pairs", "Reversal"),
     "markov": ("zero2hero.data.worlds.symbolic", "MarkovChain"),
     "induction": ("zero2hero.data.worlds.symbolic", "Induction"),
     "palindromes": ("zero2hero.data.worlds.symbolic", "Palindromes"),

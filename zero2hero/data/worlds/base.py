@@ -29,6 +29,13 @@ def document_rng(world: str, seed: int, split: str, index: int) -> random.Random
     return random.Random((_key(world, seed, split) << 64) + index)
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def split_of(key: str, validation_share: int) -> str:
+    """The split that what `key` names belongs to: one in `validation_share` to validation, by a hash."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return SPLITS[int.from_bytes(digest, "big") % validation_share == 0]
+
+
 class BaseWorld:
     """A world with a `document` still to be written."""
 

@@ -15,14 +15,12 @@ even in other words or with its numbers swapped.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zero2hero.data.worlds.base import BaseWorld, document_rng
+from zero2hero.data.worlds.base import BaseWorld, document_rng, split_of
 from zero2hero.errors import UserError
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -158,12 +156,6 @@ def _told(rng: random.Random, level: int) -> tuple[str, str, list[tuple[int, str
     return question, _key(work), work
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _split_of(key: str) -> str:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "big") % VALIDATION_SHARE == 0 else "train"
-
-
 def problem(index: int, split: str = "train", seed: int = 0, level: int | None = None) -> Problem:
     """Problem number `index` of a split: a pure function of its arguments. Without `level`, any of them.
 
@@ -175,7 +167,7 @@ def problem(index: int, split: str = "train", seed: int = 0, level: int | None =
     while True:  # by rejection: a problem of the other split is drawn again
         drawn = level or rng.choice(LEVELS)
         question, key, work = (_bare if drawn <= 3 else _told)(rng, drawn)
-        if _split_of(key) == split:
+        if split_of(key, VALIDATION_SHARE) == split:
             break
     steps = [step for a, op, b in work for step in _STEPS[op](a, b)]
     a, op, b = work[-1]

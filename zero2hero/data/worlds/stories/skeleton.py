@@ -8,13 +8,12 @@ training story: a low validation loss means that the model can tell new plots, n
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zero2hero.data.worlds.base import SPLITS
+from zero2hero.data.worlds.base import SPLITS, split_of
 from zero2hero.data.worlds.stories.tables import Way
 from zero2hero.data.worlds.stories.telling import Teller
 
@@ -31,8 +30,7 @@ class Skeleton(NamedTuple):
 
     @property
     def split(self) -> str:
-        digest = hashlib.blake2b("|".join(self).encode(), digest_size=8).digest()
-        return SPLITS[int.from_bytes(digest, "big") % VALIDATION_SHARE == 0]
+        return split_of("|".join(self), VALIDATION_SHARE)
 
 
 Tell = Callable[[Teller, Skeleton], str]  # tells the story, returns its title

@@ -1,0 +1,118 @@
+"""What the verbs `zero2hero train TASK` can be told: one dataclass for each task. Without torch, as config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from zero2hero.config import RunConfig, TokenizerConfig, at_least, one_of
+from zero2hero.errors import UserError
+from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig
+
+
+@dataclass(frozen=True)
+class TextTaskConfig(RunConfig):
+    """What all runs have that train a model of texts for a task."""
+
+    data: str | list[str] = "stories"
+    validation_data: str | list[str] | None = None  # held-out records, named like data; by default a part of data
+    validation_fraction: float = 0.1  # of the records, held out where there is no validation_data
+    text_column: str | None = None
+    """Found by itself when there is one candidate. In a .csv or .tsv without a header line, its number from 1 (and so
+    for the other columns)."""
+    on_bad_record: str = "raise"  # a record that cannot be read is an error (raise), or is left out (skip)
+    base_model: str | None = None
+    """A run, a Hugging Face directory or a hub id to begin from, with its tokenizer; model and tokenizer then say
+    nothing. By default the model begins from scratch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "on_bad_record", ("raise", "skip"))
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is a share of the records in (0, 1), not {self.validation_fraction}")
+
+
+@dataclass(frozen=True)
+class EncoderTaskConfig(TextTaskConfig):
+    """What all runs have that train an encoder."""
+
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="wordpiece"))
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class FillMaskConfig(EncoderTaskConfig):
+    """`zero2hero train fill-mask`: text in, an encoder that guesses masked words out."""
+
+    output_dir: str = "runs/fill_mask"
+    mlm_probability: float = 0.15  # share of the tokens to be guessed
+    whole_words: bool = False  # mask all pieces of a word together
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mlm_probability < 1:
+            raise UserError(f"mlm_probability is a share of the tokens in (0, 1), not {self.mlm_probability}")
+
+
+@dataclass(frozen=True)
+class TextClassificationConfig(EncoderTaskConfig):
+    """`zero2hero train text-classification`: texts (or pairs of texts) and their labels, or numbers, in."""
+
+    data: str | list[str] = "sentiment"
+    """Records with a text and a label: a .jsonl, .csv, .tsv or .parquet file (also .gz), a hub data set, or the
+    built-in sentiment; a list adds them up."""
+    output_dir: str = "runs/text_classification"
+    text_pair_column: str | None = None  # of the second text, where two are judged together
+    label_column: str | None = None  # label, by itself
+    label_names: list[str] = field(default_factory=list)  # better names for the labels, in their sorted order
+    num_labels: int = 0
+    """1 predicts a number (regression); 0 does so where labels are numbers with decimal places, else counts labels."""
+    token_dropout: float = 0.0  # share of a training text's tokens that are masked, so that no word is relied on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "num_labels", "token_dropout")
+        if self.token_dropout >= 1:
+            raise UserError(f"token_dropout is a share of the tokens in [0, 1), not {self.token_dropout}")
+
+
+@dataclass(frozen=True)
+class TokenClassificationConfig(EncoderTaskConfig):
+    """`zero2hero train token-classification`: words and a label for each in (names: B-PER, I-PER, O)."""
+
+    data: str | list[str] = "names"
+    """Records with a list of words and one of labels (`tokens`, `ner_tags`): a .jsonl or .parquet file, a hub data
+    set, or the built-in names."""
+    output_dir: str = "runs/token_classification"
+    label_column: str | None = None  # ner_tags, labels or tags, by itself
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringConfig(EncoderTaskConfig):
+    """`zero2hero train question-answering`: questions and texts in whose midst the answers stand."""
+
+    data: str | list[str] = "questions"
+    """Records `question`, `context`, `answers` as in SQuAD: a .jsonl, .json or .parquet file, a hub data set, or the
+    built-in questions about stories."""
+    output_dir: str = "runs/question_answering"
+
+
+@dataclass(frozen=True)
+class Text2TextConfig(TextTaskConfig):
+    """`zero2hero train text2text-generation`: pairs of a text to read and a text to write in."""
+
+    data: str | list[str] = "translation"
+    """Pairs: a table with two columns, two text files whose lines belong together '[train.en, train.de]' (also .gz),
+    a hub data set, or the built-in translation and reversal. With span_corruption, text as for pretrain."""
+    output_dir: str = "runs/text2text"
+    source_column: str | None = None  # of the text to read; source, input, ..., by itself
+    target_column: str | None = None  # of the text to write; target, output, ..., by itself
+    span_corruption: bool = False  # pretrain on plain text: write the spans that were cut out of it
+    metric: str = "exact_match"  # beside the loss, of texts written at each evaluation: exact_match, bleu
+    eval_samples: int = 200  # held-out records that are written out for the metric
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="unigram"))
+    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "metric", ("exact_match", "bleu"))
+        at_least(self, 0, "eval_samples")
