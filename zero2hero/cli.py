@@ -57,6 +57,18 @@ VERBS = {
             "--label_column 3 --num_labels 1",
         ),
     ),
+    "train text2text-generation": Verb(
+        "Train an encoder-decoder (T5) to turn a text into another: translate, summarize, answer.",
+        "zero2hero.task_configs:Text2TextConfig",
+        "zero2hero.train.text2text_generation:train",
+        (
+            "zero2hero train text2text-generation --data reversal --train.max_steps 600",
+            "zero2hero train text2text-generation --data '[train.en, train.de]' "
+            "--validation_data '[val.en, val.de]' --metric bleu",
+            "zero2hero train text2text-generation --data book.txt --span_corruption --output_dir runs/t5",
+            "zero2hero train text2text-generation --data pairs.jsonl --base_model runs/t5",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",
