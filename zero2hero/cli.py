@@ -57,6 +57,24 @@ VERBS = {
             "--label_column 3 --num_labels 1",
         ),
     ),
+    "train token-classification": Verb(
+        "Train an encoder to label words: to find names.",
+        "zero2hero.task_configs:TokenClassificationConfig",
+        "zero2hero.train.token_classification:train",
+        (
+            "zero2hero train token-classification --train.max_steps 300",
+            "zero2hero train token-classification --data conll.jsonl --base_model runs/bert --output_dir runs/ner",
+        ),
+    ),
+    "train question-answering": Verb(
+        "Train an encoder to find the answer to a question in a text.",
+        "zero2hero.task_configs:QuestionAnsweringConfig",
+        "zero2hero.train.question_answering:train",
+        (
+            "zero2hero train question-answering --base_model runs/bert --train.max_steps 600",
+            "zero2hero train question-answering --data squad.parquet --base_model runs/bert --output_dir runs/qa",
+        ),
+    ),
     "train text2text-generation": Verb(
         "Train an encoder-decoder (T5) to turn a text into another: translate, summarize, answer.",
         "zero2hero.task_configs:Text2TextConfig",

@@ -5,7 +5,7 @@
 
 A world is a pure function from (seed, split, index) to a document, so it needs no download, no storage and no
 order: any process can make any document. `stories` and `sums` know the answers to questions about their text;
-`sentiment`, `translation` and `reversal` give records with their labels and answers (`record`);
+`sentiment`, `names`, `questions`, `translation` and `reversal` give records with their labels and answers (`record`);
 `markov`, `induction` and `palindromes` know the best loss that any model can reach on them.
 """
 
@@ -25,6 +25,8 @@ WORLDS = {
     "stories": ("zero2hero.data.worlds.stories", "Stories"),
     "sums": ("zero2hero.data.worlds.sums", "Sums"),
     "sentiment": ("zero2hero.data.worlds.sentiment", "Sentiment"),
+    "names": ("zero2hero.data.worlds.names", "Names"),
+    "questions": ("zero2hero.data.worlds.reading", "Questions"),
     "translation": ("zero2hero.data.worlds.pairs", "Translation"),
     "reversal": ("zero2hero.data.worlds.pairs", "Reversal"),
     "markov": ("zero2hero.data.worlds.symbolic", "MarkovChain"),

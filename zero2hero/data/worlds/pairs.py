@@ -42,7 +42,7 @@ class _Phrase:
 
     @property
     def english(self) -> str:
-        words = [self.adjective] * bool(self.adjective) + [self.noun + "s" * self.plural]
+        words = [self.adjective] * bool(self.adjective) + [self.noun + ("es" if self.noun == "fox" else "s") * self.plural]
         article = "the" if self.definite else "some" if self.plural else "an" if words[0][0] in "aeiou" else "a"
         return " ".join([article, *words])
 

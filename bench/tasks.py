@@ -1,0 +1,90 @@
+"""How good a model becomes that is trained here from scratch, on real data, in minutes on two CPU cores.
+
+Each task is a recipe, run as a person would run it: the seconds are those of the whole command, from reading the data to
+the finished model with its evaluations on the way. Then the model is opened by its pipeline and judged on data that
+took no part in training.
+
+    python bench/tasks.py [sst2 multi30k ...] [--data ../shared/data]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, record, table
+
+import zero2hero as z2h
+from zero2hero.cli import VERBS
+from zero2hero.command_line import named, parse
+
+
+def train(verb: str, recipe: str, *options: str) -> float:
+    """Run `zero2hero VERB --config recipes/RECIPE.yaml OPTIONS`; returns the seconds it took."""
+    words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *options]
+    start = time.perf_counter()
+    named(VERBS[verb].run)(parse(verb, VERBS[verb], words))
+    return time.perf_counter() - start
+
+
+def sst2(data: Path, runs: Path) -> dict[str, Any]:
+    """Is a sentence of a film review positive? Accuracy on the 872 sentences of the development set.
+
+    Masked-LM pretraining on the 6,920 training sentences (no others) is inside the time.
+    """
+    folder = data / "sst2"
+    seconds = {
+        "pretraining": train("train fill-mask", "sst2_pretrain_cpu", "--data", str(folder / "train.tsv"),
+                             "--validation_data", str(folder / "dev.tsv"), "--output_dir", str(runs / "sst2_bert")),
+        "training": train("train text-classification", "sst2_cpu", "--data", str(folder / "train.tsv"),
+                          "--validation_data", str(folder / "dev.tsv"), "--base_model", str(runs / "sst2_bert"),
+                          "--output_dir", str(runs / "sst2")),
+    }  # fmt: skip
+    lines = [line.split("\t") for line in (folder / "dev.tsv").read_text().splitlines()]
+    found = z2h.pipeline("text-classification", model=runs / "sst2")([text for text, _ in lines], batch_size=64)
+    right = sum((one["label"] == "positive") == (label == "1") for one, (_, label) in zip(found, lines))
+    return {"accuracy": right / len(lines), "seconds": seconds, "budget": 300}
+
+
+def multi30k(data: Path, runs: Path) -> dict[str, Any]:
+    """Captions from English to German: BLEU (sacrebleu, cased, 13a) on test_2016_flickr, beam search with 4 beams."""
+    from sacrebleu.metrics import BLEU
+
+    folder = data / "multi30k"
+    pair = {name: f"[{folder / name}.en.gz, {folder / name}.de.gz]" for name in ("train", "val")}
+    seconds = train("train text2text-generation", "multi30k_cpu", "--data", pair["train"], "--validation_data",
+                    pair["val"], "--output_dir", str(runs / "multi30k"))  # fmt: skip
+    test = {side: gzip.open(folder / f"test_2016_flickr.{side}.gz", "rt").read().splitlines() for side in ("en", "de")}
+    translate, start = z2h.pipeline("text2text-generation", model=runs / "multi30k"), time.perf_counter()
+    written = [one["generated_text"] for one in translate(test["en"], batch_size=50, num_beams=4, max_new_tokens=64)]
+    metric = BLEU()
+    score = metric.corpus_score(written, [test["de"]])
+    return {
+        "bleu": score.score, "signature": str(metric.get_signature()), "seconds": {"training": seconds},
+        "seconds_of_translation": time.perf_counter() - start, "budget": 900, "first": written[:3],
+    }  # fmt: skip
+
+
+TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"sst2": sst2, "multi30k": multi30k}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=", ".join(TASKS))
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    arguments = parser.parse_args()
+    for name in arguments.tasks:
+        with tempfile.TemporaryDirectory() as runs:
+            found = TASKS[name](arguments.data, Path(runs))
+        found["within_budget"] = sum(found["seconds"].values()) <= found["budget"]
+        print(table([{"task": name, **{k: str(v) for k, v in found.items() if k != "first"}}]))
+        print(record(f"task_{name}", found))
+
+
+if __name__ == "__main__":
+    main()
