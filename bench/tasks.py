@@ -1,7 +1,7 @@
 """How good a model becomes that is trained here from scratch, on real data, in minutes on two CPU cores.
 
-Each task is a recipe, run as a person would run it: the seconds are those of the whole command, from reading the data to
-the finished model with its evaluations on the way. Then the model is opened by its pipeline and judged on data that
+Each task is a recipe, run as a person would run it: the seconds are those of the whole command, from reading the data
+to the finished model with its evaluations on the way. Then the model is opened by its pipeline and judged on data that
 took no part in training.
 
     python bench/tasks.py [sst2 multi30k ...] [--data ../shared/data]
@@ -10,7 +10,6 @@ took no part in training.
 from __future__ import annotations
 
 import argparse
-import gzip
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from common import ROOT, record, table
 import zero2hero as z2h
 from zero2hero.cli import VERBS
 from zero2hero.command_line import named, parse
+from zero2hero.data.files import read_lines
 
 
 def train(verb: str, recipe: str, *options: str) -> float:
@@ -59,7 +59,7 @@ def multi30k(data: Path, runs: Path) -> dict[str, Any]:
     pair = {name: f"[{folder / name}.en.gz, {folder / name}.de.gz]" for name in ("train", "val")}
     seconds = train("train text2text-generation", "multi30k_cpu", "--data", pair["train"], "--validation_data",
                     pair["val"], "--output_dir", str(runs / "multi30k"))  # fmt: skip
-    test = {side: gzip.open(folder / f"test_2016_flickr.{side}.gz", "rt").read().splitlines() for side in ("en", "de")}
+    test = {side: list(read_lines(folder / f"test_2016_flickr.{side}.gz")) for side in ("en", "de")}
     translate, start = z2h.pipeline("text2text-generation", model=runs / "multi30k"), time.perf_counter()
     written = [one["generated_text"] for one in translate(test["en"], batch_size=50, num_beams=4, max_new_tokens=64)]
     metric = BLEU()

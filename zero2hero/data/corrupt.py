@@ -29,7 +29,8 @@ from zero2hero.errors import UserError
 class Rows(Protocol):
     """Batches of text by number; see `Batches`."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
 

@@ -68,6 +68,11 @@ class LabelledBatch:
     attention_mask_BT: Any = None
 
     @property
+    def inputs(self) -> tuple[Any, Any, Any]:
+        """What an encoder is called with."""
+        return self.ids_BT, self.attention_mask_BT, self.type_ids_BT
+
+    @property
     def num_tokens(self) -> int:
         """Padding included."""
         return self.ids_BT.shape[0] * self.ids_BT.shape[1]

@@ -61,7 +61,7 @@ def seq2seq_batch(sources: list[Any], targets: list[Any], *, start_id: int, pad_
 
 
 def padded(texts: list[Any], fill: int = IGNORE) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of unequal length as one array [B, T], filled up on the right; and 1 where a list is, 0 where it is filled."""
+    """Lists of unequal length as one array [B, T], filled up on the right; and 1 where a list is, 0 elsewhere."""
     ids = np.full((len(texts), max(map(len, texts))), fill, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, text in enumerate(texts):

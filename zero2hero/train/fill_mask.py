@@ -1,7 +1,7 @@
 """Pretraining of an encoder on raw text: what `zero2hero train fill-mask` runs.
 
-Words are masked and the encoder guesses them from both sides (Devlin et al. 2018, arXiv 1810.04805; data/corrupt.py says
-how). Each text stands between [CLS] and [SEP], as it will when the encoder is used; a long one is cut into pieces.
+Words are masked and the encoder guesses them from both sides (Devlin et al. 2018, arXiv 1810.04805; data/corrupt.py
+says how). Each text stands between [CLS] and [SEP], as it will when the encoder is used; a long one is cut into pieces.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def evaluation(
             loss = masked_lm(model, batches[index].to(place.device))
             sums = {"nll": sums["nll"] + float(loss.sum), "count": sums["count"] + float(loss.weight)}
         sums = place.ranks.sum(sums)
-        loss = sums["nll"] / sums["count"]
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50))}
+        mean = sums["nll"] / sums["count"]
+        return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 50))}
 
     return evaluate

@@ -72,41 +72,6 @@ def masked_lm(model: nn.Module, batch: Any) -> Loss:
     return Loss(total, count)
 
 
-def classification(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Loss:
-    """Which label: of each text (logits [B, C], labels [B]) or of each token ([B, T, C], [B, T], -100 for none)."""
-    logits, labels = logits.flatten(0, -2).float(), labels.flatten()
-    total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORE)
-    known = labels != IGNORE
-    right = (logits.argmax(-1) == labels) & known
-    return Loss(total, known.sum().float(), {"accuracy": right.sum()})
-
-
-def regression(logits_B1: Tensor, labels_B: Tensor) -> Loss:
-    """How far the predicted number is from the true one: its square."""
-    return Loss(F.mse_loss(logits_B1[:, 0].float(), labels_B.float(), reduction="sum"), _count(labels_B))
-
-
-def answer_span(logits_BT2: Tensor, labels_B2: Tensor) -> Loss:
-    """Where an answer begins and where it ends (Devlin et al. 2018, section 4.2): the mean of both, in nats."""
-    total = F.cross_entropy(logits_BT2.float(), labels_B2, reduction="sum") / 2
-    right = (logits_BT2.argmax(1) == labels_B2).all(-1)
-    return Loss(total, _count(labels_B2), {"accuracy": right.sum()})
-
-
-def with_labels(judge: Callable[[Tensor, Tensor], Loss]) -> Objective:
-    """`judge` for what the model's head says of a `LabelledBatch` (data/labelled.py)."""
-
-    def objective(model: Any, batch: Any) -> Loss:
-        return judge(label_logits(model, batch), batch.labels)
-
-    return objective
-
-
-def label_logits(model: Any, batch: Any) -> Tensor:
-    """What the model's head says of a `LabelledBatch`."""
-    return model.logits(model(batch.ids_BT, batch.attention_mask_BT, batch.type_ids_BT))
-
-
 def seq2seq_lm(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Loss:
     """Write the target given the source (Sutskever et al. 2014; T5's span corruption too): negative log-likelihood.
 
@@ -134,14 +99,34 @@ def classification(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -
     `batch`: inputs, the model's arguments; labels [...] (-100 for none) where the model's logits are [..., C].
     `label_smoothing`: share of each label that is spread over all of them (Szegedy et al. 2015, arXiv 1512.00567).
     """
-    logits: Tensor = model.logits(model(*batch.inputs)).float()  # type: ignore[operator]
-    labels: Tensor = batch.labels
+    logits, labels = label_logits(model, batch), batch.labels
     total = F.cross_entropy(
         logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
     )
     labelled = labels != IGNORE
     right = (logits.argmax(-1) == labels) & labelled
     return Loss(total, labelled.sum().float(), {"accuracy": right.sum()})
+
+
+def regression(model: nn.Module, batch: Any) -> Loss:
+    """Predict a number: the square of how far it is off. `batch`: as `classification`'s, labels [B] numbers."""
+    total = F.mse_loss(label_logits(model, batch)[:, 0], batch.labels.float(), reduction="sum")
+    return Loss(total, _count(batch.labels))
+
+
+def answer_span(model: nn.Module, batch: Any) -> Loss:
+    """Where an answer begins and where it ends (Devlin et al. 2018, section 4.2): the mean of both, in nats.
+
+    `batch`: as `classification`'s, labels [B, 2] the numbers of the two tokens where logits are [B, T, 2].
+    """
+    logits = label_logits(model, batch)
+    total = F.cross_entropy(logits, batch.labels, reduction="sum") / 2
+    return Loss(total, _count(batch.labels), {"accuracy": (logits.argmax(1) == batch.labels).all(-1).sum()})
+
+
+def label_logits(model: Any, batch: Any) -> Tensor:
+    """What the model's head says of the batch's inputs, in fp32."""
+    return model.logits(model(*batch.inputs)).float()
 
 
 def softmax_contrastive(model: nn.Module, batch: Any) -> Loss:

@@ -23,7 +23,7 @@ from torch import nn
 from zero2hero.config import TOKENIZER_KINDS, DecoderConfig, PretrainConfig, TrainConfig
 from zero2hero.data.batches import Batch, Batches, evaluation_windows
 from zero2hero.data.cache import Corpus, split_documents, tokenize_to_cache
-from zero2hero.data.sources import Source, open_source
+from zero2hero.data.sources import open_source
 from zero2hero.data.streaming import Stream, StreamingBatches
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.generate.fast import forget

@@ -43,7 +43,7 @@ def _begin(config: QuestionAnsweringConfig, place: Place) -> Task:
         if place.ranks.is_main:  # for --resume
             tokenizer.save_pretrained(config.output_dir, model_max_length=model.config.longest)
     sides = [_encoded(table, config, model, tokenizer) for table in tables]
-    return labelled_task(config, place, model, tokenizer, *sides, objectives.answer_span,
+    return labelled_task(config, place, model, tokenizer, sides[0], sides[1], objectives.answer_span,
                          made_with={"data": tables[0].fingerprint})  # fmt: skip
 
 
@@ -77,7 +77,9 @@ def _place(record: Any, context: str, answer: dict[str, Any], where: str) -> np.
         if context[start : start + len(text)] != text:
             raise UserError(f"{where}: the answer {text!r} does not stand at {start} of the context")
     except (KeyError, TypeError):
-        raise UserError(f"{where}: answers should be {{'text': [...], 'answer_start': [...]}}, not {answer!r:.60}") from None
+        raise UserError(
+            f"{where}: answers should be {{'text': [...], 'answer_start': [...]}}, not {answer!r:.60}"
+        ) from None
     if not text:
         return np.array([0, 0])
     ends = record.char_to_token(start, 1), record.char_to_token(start + len(text) - 1, 1)

@@ -53,11 +53,11 @@ def _begin(config: TextClassificationConfig, place: Place) -> Task:
                        tokenizer)
         for table, some in ((training, texts), (held_out, held_texts))
     ]  # fmt: skip
-    judge: Any = objectives.regression
+    objective: objectives.Objective = objectives.regression
     if names is not None:
-        judge = functools.partial(objectives.classification, label_smoothing=config.train.label_smoothing_factor)
+        objective = functools.partial(objectives.classification, label_smoothing=config.train.label_smoothing_factor)
     return labelled_task(
-        config, place, model, tokenizer, *sides, judge,
+        config, place, model, tokenizer, sides[0], sides[1], objective,
         evaluate_by=objectives.regression if names is None else objectives.classification,
         scores=correlations if names is None else None, token_dropout=config.token_dropout,
         announce="" if names is None else f"; labels {', '.join(model.config.id2label.values())}",
@@ -98,7 +98,7 @@ def label_names(table: Table, column: str, config: TextClassificationConfig) -> 
 
 def labels_of(table: Table, column: str, names: dict[str, int] | None) -> list[Any]:
     """The number of each record's label, or the number that it is."""
-    labels = []
+    labels: list[Any] = []
     for value, where in zip(table.column(column, (str, int, float)), table.where):
         if names is None and _is_number(str(value)):
             labels.append(np.float32(value))

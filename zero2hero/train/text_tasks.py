@@ -1,8 +1,8 @@
 """What all runs share that train a model of texts for a task: tokenizer, model, batches with labels, the end.
 
-    encoder(config, texts, task)    from scratch with a tokenizer of its own, or a base model's body and a new head
-    labelled_task(...)              encoded texts, their labels and an objective as a run's `Task`
-    save_model(...)                 a directory that pipelines and transformers open
+encoder(config, texts, task)    from scratch with a tokenizer of its own, or a base model's body and a new head
+labelled_task(...)              encoded texts, their labels and an objective as a run's `Task`
+save_model(...)                 a directory that pipelines and transformers open
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zero2hero.config import RunConfig
 from zero2hero.data.labelled import LabelledBatch, LabelledTexts, RowsByLength, drop_tokens
@@ -28,11 +27,9 @@ from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.progress import human_count
 from zero2hero.task_configs import EncoderTaskConfig, Text2TextConfig
 from zero2hero.tokenizer import Tokenizer
-from zero2hero.train.objectives import Loss, label_logits, with_labels
+from zero2hero.train.objectives import Objective, label_logits
 from zero2hero.train.pretrain import get_tokenizer
 from zero2hero.train.run import Place, Task, micro_batches, steps_of
-
-Judge = Callable[[Tensor, Tensor], Loss]
 
 
 def base_parts(config: EncoderTaskConfig | Text2TextConfig, kind: type[nn.Module]) -> tuple[Any, Tokenizer]:
@@ -106,14 +103,14 @@ def labelled_texts(records: Sequence[Any], labels: Sequence[Any], model: Encoder
 
 def labelled_task(
     config: EncoderTaskConfig, place: Place, model: Encoder, tokenizer: Tokenizer,
-    training: LabelledTexts, held_out: LabelledTexts, judge: Judge,
-    *, evaluate_by: Judge | None = None, scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
+    training: LabelledTexts, held_out: LabelledTexts, objective: Objective,
+    *, evaluate_by: Objective | None = None, scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
     token_dropout: float = 0.0, announce: str = "", made_with: dict[str, str] | None = None,
 ) -> Task:  # fmt: skip
     """A run that trains `model` to say the labels of texts.
 
     Args:
-        judge: (logits, labels) -> Loss.
+        objective: of train/objectives.py.
         evaluate_by: the same without what is only for training (label smoothing).
         scores: (all predicted numbers, all true ones) -> measures, for regression.
         token_dropout: see `TextClassificationConfig`.
@@ -132,19 +129,19 @@ def labelled_task(
         return drop_tokens(found, token_dropout, mask, special, (train.seed % 2**64, index))
 
     return Task(
-        model, with_labels(judge), steps_of(config, len(training), place.ranks.data_size),
+        model, objective, steps_of(config, len(training), place.ranks.data_size),
         micro_batches(config, place, batch),
         save=functools.partial(save_model, tokenizer=tokenizer, config=config, max_length=model.config.longest),
         announce=f"{human_count(len(training))} texts to learn from, {human_count(len(held_out))} held out; "
         f"vocabulary {model.config.vocab_size}; {human_count(sum(p.numel() for p in model.parameters()))} "
         f"weights{announce}",
-        evaluate=evaluation(model, held_out, evaluate_by or judge, 2 * size, place, scores),
+        evaluate=evaluation(model, held_out, evaluate_by or objective, 2 * size, place, scores),
         made_with={"tokenizer": tokenizer.fingerprint, **(made_with or {})},
     )  # fmt: skip
 
 
 def evaluation(
-    model: nn.Module, held_out: LabelledTexts, judge: Judge, batch_size: int, place: Place,
+    model: nn.Module, held_out: LabelledTexts, objective: Objective, batch_size: int, place: Place,
     scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
 ) -> Callable[[], dict[str, float]]:  # fmt: skip
     """() -> loss and measures over all held-out texts, divided over the ranks."""
@@ -155,12 +152,11 @@ def evaluation(
         sums, predicted, true = {"loss": 0.0, "weight": 0.0}, [], []
         for rows in batches[place.part[0] :: place.part[1]]:
             batch = held_out.batch(rows).to(place.device)
-            logits = label_logits(model, batch)
-            loss = judge(logits, batch.labels)
+            loss = objective(model, batch)
             parts = {"loss": loss.sum, "weight": loss.weight} | loss.metrics
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in parts.items()}
             if scores:
-                predicted.append(logits[:, 0].float().cpu().numpy())
+                predicted.append(label_logits(model, batch)[:, 0].cpu().numpy())
                 true.append(batch.labels.cpu().numpy())
         pairs = [pair for part in place.ranks.gather(list(zip(predicted, true))) for pair in part]
         sums = place.ranks.sum(sums)

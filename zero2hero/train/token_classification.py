@@ -1,7 +1,7 @@
 """A label for each word of a text: what `zero2hero train token-classification` runs.
 
-Names of persons and places are found so: B-PER begins one, I-PER goes on, O is none (Ramshaw & Marcus 1995). A word that
-the tokenizer cuts into pieces is labelled at its first piece; the others have no target.
+Names of persons and places are found so: B-PER begins one, I-PER goes on, O is none (Ramshaw & Marcus 1995). A word
+that the tokenizer cuts into pieces is labelled at its first piece; the others have no target.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _begin(config: TokenClassificationConfig, place: Place) -> Task:
         texts.append(labelled_texts(records, wanted, model, tokenizer, per_token=True))
     smoothing = config.train.label_smoothing_factor
     return labelled_task(
-        config, place, model, tokenizer, *texts,
+        config, place, model, tokenizer, texts[0], texts[1],
         functools.partial(objectives.classification, label_smoothing=smoothing), evaluate_by=objectives.classification,
         announce=f"; labels {', '.join(names)}", made_with={"data": training.fingerprint},
     )  # fmt: skip

@@ -14,7 +14,20 @@ from zero2hero.data.worlds.base import BaseWorld, document_rng, split_of
 
 VALIDATION_SHARE = 8  # one sentence in this many is for validation
 
-_FIRST = ("Ada", "Florence", "Jordan", "Chelsea", "Milan", "Tom", "Nina", "Victoria", "Austin", "Hugo", "Lena", "Sydney")
+_FIRST = (
+    "Ada",
+    "Florence",
+    "Jordan",
+    "Chelsea",
+    "Milan",
+    "Tom",
+    "Nina",
+    "Victoria",
+    "Austin",
+    "Hugo",
+    "Lena",
+    "Sydney",
+)
 _LAST = ("Novak", "Lincoln", "Ford", "Baker", "Wells", "Houston", "Stone", "Marsh", "York", "Hill")
 _PLACES = ("Florence", "Jordan", "Milan", "Lincoln", "Austin", "Sydney", "Houston", "Port Elm", "New York", "Wells",
            "Mount Hill", "Victoria", "Lake Baker", "Tallin")  # fmt: skip
@@ -24,8 +37,8 @@ _TURNS = (
     "{PER} lives in {LOC} .", "{PER} works for {ORG} .", "{ORG} opened an office in {LOC} last year .",
     "Yesterday {PER} met {PER} near {LOC} .", "The head of {ORG} , {PER} , was born in {LOC} .",
     "{PER} sold the old house to {ORG} .", "In {LOC} it rained when {PER} arrived .",
-    "{ORG} beat {ORG} by two goals in {LOC} .", "Mrs. {PER} teaches at {ORG} .", "A train from {LOC} to {LOC} was late .",
-    "Nobody at {ORG} knew where {PER} was .", "The letter was late , said the clerk .",
+    "{ORG} beat {ORG} by two goals in {LOC} .", "Mrs. {PER} teaches at {ORG} .",
+    "A train from {LOC} to {LOC} was late .", "Nobody at {ORG} knew where {PER} was .", "The letter was late , said the clerk .",
 )  # fmt: skip
 
 

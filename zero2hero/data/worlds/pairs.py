@@ -1,12 +1,12 @@
 """Pairs of a text to read and the text to write, each pair with one right answer.
 
-    Translation().record(0)   # {"source": "the old fox did not find two boats", "target": "osti palu ne-dorika vosu"}
+    Translation().record(0)   # {"source": "the old fox did not find two boats", "target": "ostiu pal vosi ne-dorika"}
     Reversal().record(0)      # {"source": "green lamp under seven", "target": "seven under lamp green"}
 
 Translation is from a small English into a made-up language that works otherwise: the place comes first and the verb
-last, adjectives stand behind their nouns, there are no articles but endings (-u for `the`), plurals end in -i, and tense
-and denial are parts of the verb (`-ka` for the past, `ne-`). So words must be looked up, moved, and put into
-the right form. A sentence belongs to a split by a hash of its subject, verb and object: no such triple of validation is
+last, adjectives stand behind their nouns, there are no articles but endings (-u for `the`), plurals end in -i, and
+tense and denial are parts of the verb (`-ka` for the past, `ne-`). So words must be looked up, moved, and put into the
+right form. A sentence belongs to a split by a hash of its subject, verb and object: no such triple of validation is
 seen in training.
 """
 
@@ -20,13 +20,13 @@ from zero2hero.data.worlds.base import BaseWorld, document_rng, split_of
 VALIDATION_SHARE = 8  # one triple in this many is for validation
 
 _NOUNS = {"fox": "osti", "boat": "vos", "girl": "mela", "boy": "tark", "bird": "pir", "tree": "dun", "lamp": "luk",
-          "king": "ravo", "horse": "hest", "dog": "gau", "book": "lib", "stone": "kam", "house": "tupa", "flower": "sor",
-          "bear": "urs", "apple": "pom"}  # fmt: skip
+          "king": "ravo", "horse": "hest", "dog": "gau", "book": "lib", "stone": "kam", "house": "tupa",
+          "flower": "sor", "bear": "urs", "apple": "pom"}  # fmt: skip
 _ADJECTIVES = {"old": "pal", "small": "min", "red": "rod", "clever": "sof", "brave": "kor", "green": "zel",
                "quiet": "tis", "happy": "fel", "tall": "alt", "cold": "zim"}  # fmt: skip
 _VERBS = {("find", "found"): "dori", ("see", "saw"): "vida", ("want", "wanted"): "hoce", ("carry", "carried"): "nosi",
-          ("follow", "followed"): "gane", ("paint", "painted"): "fara", ("wash", "washed"): "lavo",
-          ("hide", "hid"): "skri", ("love", "loved"): "ama", ("hear", "heard"): "uslu"}  # fmt: skip
+          ("follow", "followed"): "gane", ("paint", "painted"): "fara", ("wash", "washed"):
+          "lavo", ("hide", "hid"): "skri", ("love", "loved"): "ama", ("hear", "heard"): "uslu"}  # fmt: skip
 _PLACES = {"in the forest": "silva-ne", "by the river": "reka-te", "on the hill": "gora-pe", "at the market": "torgo-te",
            "near the sea": "mare-te"}  # fmt: skip
 
@@ -42,7 +42,9 @@ class _Phrase:
 
     @property
     def english(self) -> str:
-        words = [self.adjective] * bool(self.adjective) + [self.noun + ("es" if self.noun == "fox" else "s") * self.plural]
+        words = [self.adjective] * bool(self.adjective) + [
+            self.noun + ("es" if self.noun == "fox" else "s") * self.plural
+        ]
         article = "the" if self.definite else "some" if self.plural else "an" if words[0][0] in "aeiou" else "a"
         return " ".join([article, *words])
 

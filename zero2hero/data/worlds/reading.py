@@ -1,6 +1,6 @@
 """Questions about stories whose answers stand in the story, in the shape of SQuAD's records.
 
-    record(0)   # {"question": "Who helped Toby?", "context": "...", "answers": {"text": [...], "answer_start": [...]}}
+record(0)   # {"question": "Who helped Toby?", "context": "...", "answers": {"text": [...], "answer_start": [...]}}
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ class Questions(BaseWorld):
         """Question number `index` of a split: a pure function of seed, split and index."""
         told, rng = story(index, split, self.seed), document_rng("questions", self.seed, split, index)
         low = told.text.lower()
-        asked = [q for q in told.questions() if q.kind not in ("yesno", "order")]  # the first one, the hero, is always there
+        asked = [
+            q for q in told.questions() if q.kind not in ("yesno", "order")
+        ]  # the first one, the hero, is always there
         question = rng.choice(asked)
         start = low.index(question.answer.lower())
         answers = {"text": [told.text[start : start + len(question.answer)]], "answer_start": [start]}
