@@ -38,7 +38,8 @@ _TURNS = (
     "Yesterday {PER} met {PER} near {LOC} .", "The head of {ORG} , {PER} , was born in {LOC} .",
     "{PER} sold the old house to {ORG} .", "In {LOC} it rained when {PER} arrived .",
     "{ORG} beat {ORG} by two goals in {LOC} .", "Mrs. {PER} teaches at {ORG} .",
-    "A train from {LOC} to {LOC} was late .", "Nobody at {ORG} knew where {PER} was .", "The letter was late , said the clerk .",
+    "A train from {LOC} to {LOC} was late .",
+    "Nobody at {ORG} knew where {PER} was .", "The letter was late , said the clerk .",
 )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ _ADJECTIVES = {"old": "pal", "small": "min", "red": "rod", "clever": "sof", "bra
 _VERBS = {("find", "found"): "dori", ("see", "saw"): "vida", ("want", "wanted"): "hoce", ("carry", "carried"): "nosi",
           ("follow", "followed"): "gane", ("paint", "painted"): "fara", ("wash", "washed"):
           "lavo", ("hide", "hid"): "skri", ("love", "loved"): "ama", ("hear", "heard"): "uslu"}  # fmt: skip
-_PLACES = {"in the forest": "silva-ne", "by the river": "reka-te", "on the hill": "gora-pe", "at the market": "torgo-te",
-           "near the sea": "mare-te"}  # fmt: skip
+_PLACES = {"in the forest": "silva-ne", "by the river": "reka-te", "on the hill": "gora-pe",
+           "at the market": "torgo-te", "near the sea": "mare-te"}  # fmt: skip
 
 
 @dataclass(frozen=True)
