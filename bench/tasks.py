@@ -10,6 +10,7 @@ took no part in training.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,22 +34,22 @@ def train(verb: str, recipe: str, *options: str) -> float:
 
 
 def sst2(data: Path, runs: Path) -> dict[str, Any]:
-    """Is a sentence of a film review positive? Accuracy on the 872 sentences of the development set.
+    """Is a sentence of a film review positive? Accuracy on the 872 sentences of the development set, three seeds.
 
-    Masked-LM pretraining on the 6,920 training sentences (no others) is inside the time.
+    The seconds are those of the slowest run.
     """
     folder = data / "sst2"
-    seconds = {
-        "pretraining": train("train fill-mask", "sst2_pretrain_cpu", "--data", str(folder / "train.tsv"),
-                             "--validation_data", str(folder / "dev.tsv"), "--output_dir", str(runs / "sst2_bert")),
-        "training": train("train text-classification", "sst2_cpu", "--data", str(folder / "train.tsv"),
-                          "--validation_data", str(folder / "dev.tsv"), "--base_model", str(runs / "sst2_bert"),
-                          "--output_dir", str(runs / "sst2")),
-    }  # fmt: skip
-    lines = [line.split("\t") for line in (folder / "dev.tsv").read_text().splitlines()]
-    found = z2h.pipeline("text-classification", model=runs / "sst2")([text for text, _ in lines], batch_size=64)
-    right = sum((one["label"] == "positive") == (label == "1") for one, (_, label) in zip(found, lines))
-    return {"accuracy": right / len(lines), "seconds": seconds, "budget": 300}
+    lines = [line.split("\t") for line in read_lines(folder / "dev.tsv")]
+    accuracies, seconds = [], []
+    for seed in range(3):
+        run = runs / f"sst2_{seed}"
+        seconds.append(train("train text-classification", "sst2_cpu", "--data", str(folder / "train.tsv"),
+                             "--validation_data", str(folder / "dev.tsv"), "--output_dir", str(run),
+                             "--train.seed", str(seed)))  # fmt: skip
+        found = z2h.pipeline("text-classification", model=run)([text for text, _ in lines], batch_size=64)
+        right = sum((one["label"] == "positive") == (label == "1") for one, (_, label) in zip(found, lines))
+        accuracies.append(right / len(lines))
+    return {"accuracy": statistics.median(accuracies), "accuracies": accuracies, "seconds": max(seconds), "budget": 300}
 
 
 def multi30k(data: Path, runs: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def multi30k(data: Path, runs: Path) -> dict[str, Any]:
     metric = BLEU()
     score = metric.corpus_score(written, [test["de"]])
     return {
-        "bleu": score.score, "signature": str(metric.get_signature()), "seconds": {"training": seconds},
+        "bleu": score.score, "signature": str(metric.get_signature()), "seconds": seconds,
         "seconds_of_translation": time.perf_counter() - start, "budget": 900, "first": written[:3],
     }  # fmt: skip
 
@@ -81,7 +82,7 @@ def main() -> None:
     for name in arguments.tasks:
         with tempfile.TemporaryDirectory() as runs:
             found = TASKS[name](arguments.data, Path(runs))
-        found["within_budget"] = sum(found["seconds"].values()) <= found["budget"]
+        found["within_budget"] = found["seconds"] <= found["budget"]
         print(table([{"task": name, **{k: str(v) for k, v in found.items() if k != "first"}}]))
         print(record(f"task_{name}", found))
 

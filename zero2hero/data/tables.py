@@ -53,7 +53,9 @@ class Table:
         if wanted is not None and wanted not in first:
             bare = any(_is_number(name) or " " in name for name in first)  # a record where names should be
             hint = " Has the file no header line? Then name --text_column, or --source_column, by number." * bare
-            raise UserError(f"{self.name} has no column '{wanted}'.{did_you_mean(wanted, first)} Columns: {columns}.{hint}")
+            raise UserError(
+                f"{self.name} has no column '{wanted}'.{did_you_mean(wanted, first)} Columns: {columns}.{hint}"
+            )
         found = wanted if wanted is not None else next((name for name in known if name in first), None)
         if found is None:
             raise UserError(f"{self.name}: no column is called {' or '.join(known[:3])}. Name it with --{option}. "
