@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from zero2hero.config import RunConfig, TokenizerConfig, at_least, one_of
 from zero2hero.errors import UserError
@@ -13,6 +14,7 @@ from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig
 class TextTaskConfig(RunConfig):
     """What all runs have that train a model of texts for a task."""
 
+    task: ClassVar[str]  # the pipeline's, which the result serves
     data: str | list[str] = "stories"
     validation_data: str | list[str] | None = None  # held-out records, named like data; by default a part of data
     validation_fraction: float = 0.1  # of the records, held out where there is no validation_data
@@ -43,6 +45,7 @@ class EncoderTaskConfig(TextTaskConfig):
 class FillMaskConfig(EncoderTaskConfig):
     """`zero2hero train fill-mask`: text in, an encoder that guesses masked words out."""
 
+    task = "fill-mask"
     output_dir: str = "runs/fill_mask"
     mlm_probability: float = 0.15  # share of the tokens to be guessed
     whole_words: bool = False  # mask all pieces of a word together
@@ -57,6 +60,7 @@ class FillMaskConfig(EncoderTaskConfig):
 class TextClassificationConfig(EncoderTaskConfig):
     """`zero2hero train text-classification`: texts (or pairs of texts) and their labels, or numbers, in."""
 
+    task = "text-classification"
     data: str | list[str] = "sentiment"
     """Records with a text and a label: a .jsonl, .csv, .tsv or .parquet file (also .gz), a hub data set, or the
     built-in sentiment; a list adds them up."""
@@ -79,6 +83,7 @@ class TextClassificationConfig(EncoderTaskConfig):
 class TokenClassificationConfig(EncoderTaskConfig):
     """`zero2hero train token-classification`: words and a label for each in (names: B-PER, I-PER, O)."""
 
+    task = "token-classification"
     data: str | list[str] = "names"
     """Records with a list of words and one of labels (`tokens`, `ner_tags`): a .jsonl or .parquet file, a hub data
     set, or the built-in names."""
@@ -90,6 +95,7 @@ class TokenClassificationConfig(EncoderTaskConfig):
 class QuestionAnsweringConfig(EncoderTaskConfig):
     """`zero2hero train question-answering`: questions and texts in whose midst the answers stand."""
 
+    task = "question-answering"
     data: str | list[str] = "questions"
     """Records `question`, `context`, `answers` as in SQuAD: a .jsonl, .json or .parquet file, a hub data set, or the
     built-in questions about stories."""
@@ -100,6 +106,7 @@ class QuestionAnsweringConfig(EncoderTaskConfig):
 class Text2TextConfig(TextTaskConfig):
     """`zero2hero train text2text-generation`: pairs of a text to read and a text to write in."""
 
+    task = "text2text-generation"
     data: str | list[str] = "translation"
     """Pairs: a table with two columns, two text files whose lines belong together '[train.en, train.de]' (also .gz),
     a hub data set, or the built-in translation and reversal. With span_corruption, text as for pretrain."""

@@ -10,7 +10,7 @@ B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -111,8 +111,12 @@ class LabelledTexts:
         return LabelledBatch(ids, types, values, None if mask.all() else mask)
 
 
-def drop_tokens(batch: LabelledBatch, share: float, mask_id: int, keep: Sequence[int], seed: Sequence[int]) -> Any:
-    """The batch with a `share` of its tokens masked, but for those in `keep`."""
-    chosen = np.random.default_rng(list(seed)).random(batch.ids_BT.shape) < share
-    ids = np.where(chosen & ~np.isin(batch.ids_BT, list(keep)), mask_id, batch.ids_BT)
-    return LabelledBatch(ids, batch.type_ids_BT, batch.labels, batch.attention_mask_BT)
+def drop_tokens(
+    batch: LabelledBatch, share: float, mask_id: int, keep: Sequence[int], seed: int, first_row: int
+) -> LabelledBatch:
+    """The batch with a `share` of its tokens masked, but for those in `keep`; `first_row` is its first row's number
+    in the run, so that what is masked does not depend on how a step is cut."""
+    length = batch.ids_BT.shape[1]
+    numbers = range(first_row, first_row + len(batch.ids_BT))
+    chosen = np.stack([np.random.default_rng([seed % 2**64, number]).random(length) < share for number in numbers])
+    return replace(batch, ids_BT=np.where(chosen & ~np.isin(batch.ids_BT, list(keep)), mask_id, batch.ids_BT))

@@ -117,9 +117,12 @@ def regression(model: nn.Module, batch: Any) -> Loss:
 def answer_span(model: nn.Module, batch: Any) -> Loss:
     """Where an answer begins and where it ends (Devlin et al. 2018, section 4.2): the mean of both, in nats.
 
-    `batch`: as `classification`'s, labels [B, 2] the numbers of the two tokens where logits are [B, T, 2].
+    `batch`: as `classification`'s, labels [B, 2] the numbers of the two tokens where logits are [B, T, 2];
+    attention_mask_BT (or None), since no answer is in the padding.
     """
     logits = label_logits(model, batch)
+    if batch.attention_mask_BT is not None:
+        logits = logits.masked_fill(batch.attention_mask_BT[..., None] == 0, float("-inf"))
     total = F.cross_entropy(logits, batch.labels, reduction="sum") / 2
     return Loss(total, _count(batch.labels), {"accuracy": (logits.argmax(1) == batch.labels).all(-1).sum()})
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from zero2hero.config import RunConfig
 from zero2hero.data.labelled import LabelledBatch, LabelledTexts, RowsByLength, drop_tokens
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
@@ -25,7 +24,7 @@ from zero2hero.models.checkpoint import save_pretrained
 from zero2hero.models.decoder import init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.progress import human_count
-from zero2hero.task_configs import EncoderTaskConfig, Text2TextConfig
+from zero2hero.task_configs import EncoderTaskConfig, Text2TextConfig, TextTaskConfig
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.objectives import Objective, label_logits
 from zero2hero.train.pretrain import get_tokenizer
@@ -126,7 +125,7 @@ def labelled_task(
             return found
         mask = tokenizer.special_token_id("mask_token")
         assert mask is not None
-        return drop_tokens(found, token_dropout, mask, special, (train.seed % 2**64, index))
+        return drop_tokens(found, token_dropout, mask, special, train.seed, index * size)
 
     return Task(
         model, objective, steps_of(config, len(training), place.ranks.data_size),
@@ -169,14 +168,13 @@ def evaluation(
     return evaluate
 
 
-def save_model(model: nn.Module, *, tokenizer: Tokenizer, config: RunConfig, max_length: int | None) -> None:
+def save_model(model: nn.Module, *, tokenizer: Tokenizer, config: TextTaskConfig, max_length: int | None) -> None:
     """Write model, tokenizer and (where there is none) a model card into the run's directory."""
     directory = Path(config.output_dir)
     tokenizer.save_pretrained(directory, model_max_length=max_length)
     save_pretrained(model, directory)
-    task = type(config).__doc__.split("`")[1].removeprefix("zero2hero train ")  # type: ignore[union-attr]
     if not (directory / "README.md").exists():
-        atomic_write(directory / "README.md", model_card(directory.resolve().name, task))
+        atomic_write(directory / "README.md", model_card(directory.resolve().name, config.task))
 
 
 def model_card(name: str, task: str) -> str:
