@@ -21,6 +21,7 @@ BENCHMARKS = (
     "ranks",
     "loading",
     "shakespeare",
+    "tasks",
 )
 
 

@@ -97,7 +97,7 @@ def test_pairs_of_texts_are_rated_with_a_number(tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     theirs = model(**tokenizer("a 1", "b 1", return_tensors="pt")).logits
-    assert found["score"] == pytest.approx(float(theirs), abs=1e-5)
+    assert found["score"] == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_words_are_labelled(tmp_path):
@@ -182,7 +182,7 @@ def test_a_base_model_of_another_kind_or_shape_is_refused(bert, tmp_path, capsys
     out = ["--output_dir", tmp_path / "out"]
     error = fails(capsys, "text2text-generation", "--base_model", bert, "--data", "reversal:40", *out)
     assert "is a Encoder" in error
-    error = fails(capsys, "text-classification", "--base_model", bert, "--model.hidden_size", "64", *out)
+    error = fails(capsys, "text-classification", "--base_model", bert, "--model.hidden_size", "96", *out)
     assert "leave out the --model options" in error
     error = fails(capsys, "fill-mask", "--tokenizer.kind", "bpe", "--data", "sentiment:40", *out)
     assert "--tokenizer.kind wordpiece" in error
