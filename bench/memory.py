@@ -74,7 +74,7 @@ def worker(name: str) -> None:
 
     peak = PeakMemory(device)
     trainer = Trainer(model, causal_lm, data, config, STEPS, dtype=dtype, evaluate=evaluate, watchers=[peak])
-    peak.begin(trainer.masters)
+    peak.begin(trainer.masters, model)
     trainer.train()
     print(json.dumps([predict(planned_run(shape, config, dtype, device)).peak, peak.measured()]))
 

@@ -163,6 +163,17 @@ VERBS = {
             "zero2hero plan memory --config recipes/tiny_stories_cpu.yaml --train.gradient_checkpointing true",
         ),
     ),
+    "plan finetune": Verb(
+        "Show which ways of fine-tuning a model fit this machine, how long they take, and what to type.",
+        "zero2hero.options:PlanFinetuneConfig",
+        "zero2hero.plan.finetune:run",
+        (
+            "zero2hero plan finetune runs/quickstart",
+            "zero2hero plan finetune meta-llama/Llama-3.1-8B --train.per_device_train_batch_size 1 "
+            "--train.max_length 2048",
+        ),
+        ("model",),
+    ),
 }
 
 

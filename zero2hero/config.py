@@ -182,8 +182,9 @@ class TrainConfig:
     """Start with short rows: [0.25, 0.25] trains the first 25 % of the steps at max_length / 4, the next 25 % at
     max_length / 2, with as many tokens per step."""
     optim: str = "muon"
-    """muon (the matrices; AdamW for the rest), adamw, adamw_8bit (moments in 8 bits, but for embeddings), adam, sgd,
-    lion (wants a third to a tenth of AdamW's learning_rate), adafactor (learning_rate is a share of weights' size)."""
+    """muon (the matrices; AdamW for the rest), adamw, adamw_8bit (moments in 8 bits, but for embeddings;
+    paged_adamw_8bit is another name of it: moments this small have no need to wait elsewhere), adam, sgd, lion (wants a
+    third to a tenth of AdamW's learning_rate), adafactor (learning_rate is a share of weights' size)."""
     learning_rate: float = 6e-3
     embedding_lr_scale: float = 1.0  # embeddings (and a tied head) learn at learning_rate times this
     head_lr_scale: float = 0.5  # so does an untied head
@@ -245,6 +246,8 @@ class TrainConfig:
         below(self, 1, "adam_beta1", "adam_beta2", "label_smoothing_factor", "momentum", "ema_decay")
         if self.activation_offload and not self.gradient_checkpointing:
             raise UserError("train.activation_offload moves what train.gradient_checkpointing keeps: set both")
+        if self.optim in ("paged_adamw_8bit", "adamw_bnb_8bit"):
+            object.__setattr__(self, "optim", "adamw_8bit")
         one_of(self, "optim", OPTIMIZERS)
         one_of(self, "lr_scheduler_type", SCHEDULES)
         one_of(self, "on_bad_loss", ("stop", "skip", "rollback"))

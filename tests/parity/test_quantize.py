@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from zero2hero.models import Decoder, DecoderConfig, from_pretrained, init_weights, save_pretrained
 from zero2hero.nn import native, nf4
 from zero2hero.nn.quantized import Linear4bit, Linear8bit, QuantizedLinear, quantize_rows
-from zero2hero.tune.quantize import quantize_int8, quantize_nf4
+from zero2hero.tune import load_adapter, merge, quantize_int8, quantize_nf4
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that is not needed
 pytest.importorskip("bitsandbytes")
@@ -188,6 +188,41 @@ def test_gradients_are_those_of_bitsandbytes():
             results.append((y.detach(), x.grad))
         for a, b in zip(*results):
             assert relative(a, b) < (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+def test_qlora_is_that_of_bitsandbytes_and_peft(folders, tmp_path):
+    """The same base and the same adapter on it: logits, and the gradient of every matrix of the adapter."""
+    peft = pytest.importorskip("peft")
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                               bnb_4bit_use_double_quant=True)  # fmt: skip
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folders / "plain", device_map="cpu", dtype=torch.float32, quantization_config=settings
+    )
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    reference = peft.get_peft_model(base, config)
+    reference.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(from_pretrained(tmp_path / "base"), tmp_path / "adapter", is_trainable=True)
+    expected = reference(ids()).logits
+    logits = model.logits(model(ids()))
+    assert relative(logits, expected) < 1e-3
+    for some in (logits, expected):
+        some.log_softmax(-1)[..., 3].sum().backward()
+    theirs_by_end = {name.removeprefix("base_model.model.model."): p for name, p in reference.named_parameters()}
+    compared = 0
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            end = name.replace(".adapters.default.A", ".lora_A.default.weight")
+            end = end.replace(".adapters.default.B", ".lora_B.default.weight")
+            assert relative(p.grad, theirs_by_end[end].grad) < 1e-3, name
+            compared += 1
+    assert compared == 2 * 14
+    merged = load_adapter(from_pretrained(tmp_path / "base").bfloat16(), tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="dequantized weights of 14"):
+        merge(merged)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert relative(merged.logits(merged(ids())), expected) < 0.03
 
 
 def test_what_is_not_read_is_named(folders):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.errors import UserError
@@ -29,11 +30,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIBRARIES = 500 << 20  # bytes; below this their own hundred or so would drown a comparison
 
 
-def planned_run(shape: DecoderConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> Run:
+def planned_run(
+    shape: DecoderConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device, method: str = "full",
+    lora_r: int = 16,
+) -> Run:  # fmt: skip
     """A run as train/memory_plan.py knows it; `shape` is derived, with its vocabulary."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     glibc = platform.libc_ver()[0] == "glibc"
-    return Run(shape, train, precision, device.type, native.library() is not None, glibc)
+    return Run(shape, train, precision, device.type, native.library() is not None, glibc, method, lora_r)
 
 
 class PeakMemory(Watcher):
@@ -46,12 +50,12 @@ class PeakMemory(Watcher):
         self.existing = 0
         self.start: dict[str, int] | None = None
 
-    def begin(self, masters: MasterWeights) -> None:
+    def begin(self, masters: MasterWeights, model: nn.Module) -> None:
         """Training is about to begin; weights, masters and gradients that exist already count as they are."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.device.type == "cpu":
-            tensors = [*masters.copies.values(), *masters.parameters.values(), *masters.gradients]
+            tensors = [*model.parameters(), *model.buffers(), *masters.parameters.values(), *masters.gradients]
             self.existing = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
             with contextlib.suppress(OSError):
                 if platform.libc_ver()[0] == "glibc":

@@ -28,6 +28,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "attention weights"
 FP32, INT64 = 4, 8  # bytes
 CHUNK, ROWS = 1 << 21, 512  # logits made at a time, and at least of how many tokens (nn/logprobs.py)
 SMALLEST = 4096  # numbers of a weight whose moments are in 8 bits (train/eight_bit.py)
+NF4 = 0.5 + 1 / 64 + FP32 / (64 * 256)  # bytes of a weight: its code, its block's scale, and that scale's (nn/nf4.py)
+METHODS = ("full", "lora", "qlora")  # everything learns; an adapter beside a base that does not; that base in NF4
 
 Moment = dict[str, float]  # part -> bytes
 
@@ -60,6 +62,8 @@ class Run:
         device: cpu, cuda or mps.
         native: the kernels of native/fused.c are there.
         glibc: its malloc gives the memory (Linux).
+        method: one of METHODS.
+        lora_r: the rank of an adapter, which stands beside each of the layers' matrices.
     """
 
     shape: DecoderConfig
@@ -68,6 +72,13 @@ class Run:
     device: str = "cpu"
     native: bool = True
     glibc: bool = True
+    method: str = "full"
+    lora_r: int = 16
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only an adapter learns."""
+        return self.method != "full"
 
     @property
     def number(self) -> int:
@@ -94,11 +105,14 @@ def predict(run: Run) -> Plan:
     """The bytes that are alive at each moment."""
     c, N, b = run.shape, run.tokens, run.number
     L, inputs, head = c.num_hidden_layers, N * c.hidden_size * b, c.vocab_size * c.hidden_size
-    weights = sum(weight_counts(c).values())
+    learning = sum(learning_counts(run).values())
     separate = run.precision != "fp32"  # fp32 masters and gradients beside the model's copies (train/precision.py)
-    averages = FP32 * weights * (run.train.ema_decay > 0)  # the moving average (train/ema.py)
-    always: Moment = {"weights": weights * (b + FP32 * separate) + averages, "optimizer": optimizer_bytes(run)}
-    complete = weights * FP32  # gradients after the way back; they stay until the next one begins
+    averages = FP32 * learning * (run.train.ema_decay > 0)  # the moving average (train/ema.py)
+    always: Moment = {
+        "weights": weight_bytes(run) + FP32 * learning * separate + averages,
+        "optimizer": optimizer_bytes(run),
+    }
+    complete = learning * FP32  # gradients after the way back; they stay until the next one begins
     before = complete if separate else 0
 
     block, shared = block_bytes(run), shared_bytes(run)
@@ -109,7 +123,9 @@ def predict(run: Run) -> Plan:
         kept = {"activations": shared + L * block["activations"], "attention weights": L * block["attention weights"],
                 "holes": holes_bytes(run)}  # fmt: skip
         again = {}
-    waiting = head * b  # the head's gradient; a tied one waits for the embedding's and is added to it
+    # the head's gradient; a tied one waits for the embedding's and is added to it
+    waiting = head * b * (not run.frozen)
+    laid_out = head * b if run.frozen else sum(weight_counts(c).values()) * b  # what is no nn.Linear is called as it is
     moments = {
         "loss": _sum(always, kept, {"gradients": before, "loss": loss_bytes(run)}),
         "backward, last block": _sum(
@@ -120,8 +136,10 @@ def predict(run: Run) -> Plan:
             {"gradients": complete + waiting * (1 + separate), "workspace": inputs},
         ),
         "update": _sum(always, {"gradients": complete, "workspace": update_bytes(run)}),
-        "evaluation": _sum(always, {"gradients": complete, "workspace": averages}, evaluation_bytes(run)),
-        "sampling": _sum(always, {"gradients": complete, "workspace": averages + weights * b}),
+        "evaluation": _sum(
+            always, {"gradients": complete, "workspace": averages + dequantized_bytes(run)}, evaluation_bytes(run)
+        ),
+        "sampling": _sum(always, {"gradients": complete, "workspace": averages + laid_out}),
     }  # fmt: skip
     return Plan(moments)
 
@@ -139,7 +157,7 @@ def matrices(c: DecoderConfig) -> Counter[tuple[int, int]]:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     found: Counter[tuple[int, int]] = Counter()
     for shape, count in (((queries, D), 1), ((keys, D), 2), ((D, queries), 1), ((D, F), 1),
-                         ((F, D), 2 if c.feedforward == "swiglu" else 1)):  # fmt: skip
+                         ((F, D), 2 if c.gated else 1)):  # fmt: skip
         found[shape] += count * L
     return found
 
@@ -149,7 +167,7 @@ def weight_counts(c: DecoderConfig) -> dict[str, int]:
     D, F, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     norm = D * (2 if c.norm == "layernorm" else 1)
     qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    biases = c.attention_bias * qkv + c.output_bias * D + c.mlp_bias * (D + F * (2 if c.feedforward == "swiglu" else 1))
+    biases = c.attention_bias * qkv + c.output_bias * D + c.mlp_bias * (D + F * (2 if c.gated else 1))
     learned = c.max_position_embeddings * D * (c.position == "learned")
     return {
         "embeddings": c.vocab_size * D + learned,
@@ -159,20 +177,52 @@ def weight_counts(c: DecoderConfig) -> dict[str, int]:
     }
 
 
+def adapter_matrices(run: Run) -> Counter[tuple[int, int]]:
+    """A [r, in] and B [out, r] beside each of the layers' matrices."""
+    found: Counter[tuple[int, int]] = Counter()
+    for (rows, columns), count in matrices(run.shape).items():
+        found[run.lora_r, columns] += count
+        found[rows, run.lora_r] += count
+    return found
+
+
+def learning_matrices(run: Run) -> Counter[tuple[int, int]]:
+    return adapter_matrices(run) if run.frozen else matrices(run.shape)
+
+
+def learning_counts(run: Run) -> dict[str, int]:
+    """The weights that learn, by kind."""
+    if not run.frozen:
+        return weight_counts(run.shape)
+    every = sum(rows * columns * count for (rows, columns), count in adapter_matrices(run).items())
+    return {"embeddings": 0, "heads": 0, "matrices": every, "vectors": 0}
+
+
+def weight_bytes(run: Run) -> float:
+    """What the model computes with: in its precision, but for quantized matrices; an adapter's copies too."""
+    counts = weight_counts(run.shape)
+    every, inner = sum(counts.values()), counts["matrices"]
+    adapter = sum(learning_counts(run).values()) * run.frozen
+    quantized = inner * (run.number - NF4) * (run.method == "qlora")
+    return (every + adapter) * run.number - quantized
+
+
 def optimizer_bytes(run: Run) -> float:
     """The optimizers' states (train/optim.py)."""
-    c, counts = run.shape, weight_counts(run.shape)
+    c, counts, shapes = run.shape, learning_counts(run), learning_matrices(run)
     every, inner, moment = sum(counts.values()), counts["matrices"], FP32
-    tables = Counter({(c.vocab_size, c.hidden_size): 1 if c.tie_word_embeddings else 2})
-    tables[c.max_position_embeddings, c.hidden_size] += c.position == "learned"
+    tables: Counter[tuple[int, int]] = Counter()
+    if not run.frozen:
+        tables[c.vocab_size, c.hidden_size] = 1 if c.tie_word_embeddings else 2
+        tables[c.max_position_embeddings, c.hidden_size] += c.position == "learned"
     if run.train.optim == "muon":  # a momentum for matrices, AdamW's two moments for the rest
         return moment * inner + 2 * moment * (every - inner)
     if run.train.optim == "adamw_8bit":  # two bytes, and two scales in 256, for matrices (no tiny ones) and heads
-        short = counts["heads"] + sum(n * rows * columns for (rows, columns), n in matrices(c).items()
+        short = counts["heads"] + sum(n * rows * columns for (rows, columns), n in shapes.items()
                                       if rows * columns >= SMALLEST)  # fmt: skip
         return short * (2 + 2 * FP32 / 256) + 2 * moment * (every - short)
     if run.train.optim == "adafactor":  # a row and a column of each matrix, all of a vector
-        edges = sum((rows + columns) * count for (rows, columns), count in (tables + matrices(c)).items())
+        edges = sum((rows + columns) * count for (rows, columns), count in (tables + shapes).items())
         return moment * (edges + counts["vectors"])
     moments = {"sgd": int(run.train.momentum > 0), "lion": 1}.get(run.train.optim, 2)
     return moments * moment * every
@@ -180,14 +230,14 @@ def optimizer_bytes(run: Run) -> float:
 
 def update_bytes(run: Run) -> float:
     """Temporaries of the optimizer's step. Those of Adam and AdamW are fused and have none."""
-    c = run.shape
-    counts = weight_counts(c)
-    largest = FP32 * max(c.vocab_size * c.hidden_size, *(rows * columns for rows, columns in matrices(c)))
+    c, shapes = run.shape, learning_matrices(run)
+    table = 0 if run.frozen else c.vocab_size * c.hidden_size
+    largest = FP32 * max(table, *(rows * columns for rows, columns in shapes))
     if run.train.optim == "muon":
         b = run.number if run.precision == "bf16" else FP32
-        return max(count * _orthogonalize_bytes(*shape, b) for shape, count in matrices(c).items())
+        return max(count * _orthogonalize_bytes(*shape, b) for shape, count in shapes.items())
     if run.train.optim == "lion":  # the directions of all weights
-        return FP32 * sum(counts.values())
+        return FP32 * sum(learning_counts(run).values())
     # one weight after another: decoded moments and their codes; a squared update, a gradient with momentum
     return largest * {"adamw_8bit": 6, "adafactor": 3, "sgd": 2}.get(run.train.optim, 0)
 
@@ -214,13 +264,18 @@ def block_bytes(run: Run) -> Moment:
     numbers += projected * c.qk_norm
     # the output projection saves its input; the fused form its output, the same memory unless heads lie apart in it
     numbers += H * K * (2 if form == "fused" and c.position == "rotary" else 1)
-    # _SiluProduct saves gate and up, down_proj its input; relu's output is that input
-    numbers += F * {"swiglu": 3, "relu": 1}.get(c.feedforward, 2)
+    # _SiluProduct saves gate and up (GELU's form also what it multiplies), down_proj its input; relu's output is that
+    numbers += F * {"swiglu": 3, "geglu": 4, "relu": 1}.get(c.feedforward, 2)
     # each norm keeps one fp32 number a row (layernorm two), the fused form one a head
     statistics = 2 * (2 if c.norm == "layernorm" else 1) + (H + G) * c.qk_norm + H * (form == "fused")
     dropped = 2 * dropout_bytes(run)
+    adapters = 0.0  # each saves x A^T; those of plain matrices also A and B in the model's precision (tune/lora.py)
+    if run.frozen:
+        sides = sum((rows + columns) * count for (rows, columns), count in matrices(c).items()) // c.num_hidden_layers
+        count = sum(matrices(c).values()) // c.num_hidden_layers
+        adapters = run.lora_r * b * (N * count + (0 if run.method == "qlora" else sides))
     return {
-        "activations": N * (numbers * b + attended + statistics * FP32) + dropped,
+        "activations": N * (numbers * b + attended + statistics * FP32) + dropped + adapters,
         "attention weights": N * T * pair_bytes(run, form),
     }
 
@@ -262,7 +317,7 @@ def holes_bytes(run: Run) -> float:
     if run.device != "cpu" or not run.glibc:
         return 0
     D, H, G, K, F = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
-    projected, gated = (H + 2 * G) * K, c.feedforward == "swiglu"
+    projected, gated = (H + 2 * G) * K, c.gated
     numbers = 2 * D  # what attention and feed-forward add to the residual stream
     if c.qk_norm:  # laid out for the norm, then what it returns
         numbers += 2 * (H + G) * K
@@ -271,7 +326,7 @@ def holes_bytes(run: Run) -> float:
     if run.attention(c.dropout > 0) != "fused":  # attention's output, before heads stand side by side
         numbers += H * K
     stacked = projected * D + 2 * F * D * gated  # weights of projections that are made together
-    gradients = FP32 * sum(weight_counts(c).values()) * (run.precision == "fp32")
+    gradients = FP32 * sum(learning_counts(run).values()) * (run.precision == "fp32")
     return c.num_hidden_layers * (N * numbers + stacked) * b + gradients
 
 
@@ -285,22 +340,33 @@ def loss_bytes(run: Run) -> float:
     head, rows = c.vocab_size * c.hidden_size, min(N, max(ROWS, CHUNK // c.vocab_size))
     hidden = 3 * N * c.hidden_size * b  # all hidden states, those with a target, and their gradient
     logits = rows * c.vocab_size * (b if run.kernels else b + FP32)
-    part = head * b * (b != FP32)  # a chunk's gradient of the head, before it is added to the sum in fp32
+    learned = head * (not run.frozen)
+    part = learned * b * (b != FP32)  # a chunk's gradient of the head, before it is added to the sum in fp32
     smoothing = 2 * N * c.hidden_size * FP32 * (run.train.label_smoothing_factor > 0)  # targets' rows of the head
-    return hidden + head * FP32 + max(logits + part, smoothing)
+    return hidden + learned * FP32 + max(logits + part, smoothing)
 
 
 def backward_bytes(run: Run) -> float:
     """Gradients of activations within the last block, beyond the saved ones, which are freed one after another."""
     c, N, b = run.shape, run.tokens, run.number
     D, F, attended = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-    gated = c.feedforward == "swiglu"
+    gated = c.gated
     # the residual stream's; gate's and up's, which without native kernels are made of parts
     feedforward = D + F * ((2 if run.kernels else 4) if gated else 1)
     # then the feed-forward's own are free; attention weights' gradient, and those of queries, keys, values and output
     scores = c.num_attention_heads * run.train.max_length * (run.attention(c.dropout > 0) != "fused")
     attention = D + scores + 5 * attended - F * (3 if gated else 2) - 2 * D
-    return N * b * max(feedforward, attention) + D * F * b * (1 if b == FP32 else 2)  # and down_proj's
+    if run.method == "full":  # and down_proj's
+        return N * b * max(feedforward, attention) + D * F * b * (1 if b == FP32 else 2)
+    if run.method == "lora":  # no gradient of a weight, but of the projections that are computed together the stack
+        return N * b * max(feedforward, attention) + (2 if gated else 1) * D * F * b
+    # a matrix in full; and the adapter's own way back: the gradient times its scale, and its part of the input's
+    return N * b * (max(feedforward, attention) + F + D) + dequantized_bytes(run)
+
+
+def dequantized_bytes(run: Run) -> float:
+    """The largest quantized matrix in full, for one product."""
+    return run.number * max(rows * columns for rows, columns in matrices(run.shape)) * (run.method == "qlora")
 
 
 def evaluation_bytes(run: Run) -> Moment:
@@ -308,7 +374,7 @@ def evaluation_bytes(run: Run) -> Moment:
     c, N, T, b = run.shape, 2 * run.tokens, run.train.max_length, run.number
     D, attended, F = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size
     projected = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    feedforward: Moment = {"activations": N * b * (2 * D + F * (3 if c.feedforward == "swiglu" else 2))}
+    feedforward: Moment = {"activations": N * b * (2 * D + F * (3 if c.gated else 2))}
     attention: Moment = {
         "activations": N * b * (2 * D + projected + 2 * attended),
         "attention weights": N * T * pair_bytes(run, run.attention(dropout=False)),

@@ -162,7 +162,7 @@ def _train(config: RunConfig, task: Task, place: Place, free: float) -> nn.Modul
             planned = None if trainer.masters.divided else task.planned  # the plan is for one device
             if planned and (words := warning(planned, free)):
                 progress.print(words)
-            peak_memory.begin(trainer.masters)
+            peak_memory.begin(trainer.masters, trainer.model)
             with memory_explained(planned, free) if planned else nullcontext():
                 trainer.train()
     if planned:
