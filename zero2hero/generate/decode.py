@@ -83,7 +83,7 @@ def events(
     engine = Engine(
         writer, max_batch_size=count, max_waiting=count, prefill_chunk=512, max_cached_tokens=sum(pages) * copies * PAGE
     )
-    rows = {}
+    rows: dict[object, int] = {}
     for number, prompt in enumerate(prompts):
         vectors = None if embeddings is None else embeddings[number]
         for sample in range(copies):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Event", "QueueFull", "Request", "SamplingParams", "Sequence", "TokenLogprob"]
 
-Choice = tuple[int, float, "TokenLogprob | None"]  # a token, its behaviour log-probability, and what is reported
+Choice = tuple[int, float, TokenLogprob | None]  # a token, its behaviour log-probability, and what is reported
 
 _MOST_GUESSES = 32  # in a step, of all texts together
 
@@ -281,9 +281,7 @@ class Engine:
         self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
         return events
 
-    def _write(
-        self, sequence: Sequence, draft: list[int], choices: list[tuple[int, float, TokenLogprob | None]]
-    ) -> Event:
+    def _write(self, sequence: Sequence, draft: list[int], choices: list[Choice]) -> Event:
         """Append what was chosen, as long as the draft was that."""
         ids, text, reports = [], "", []
         for guess, (token_id, logprob, report) in zip([*draft, None], choices):
@@ -333,7 +331,7 @@ class Engine:
 
     def _share(self, sequence: Sequence) -> None:
         """Take over pages that others have read, where this text comes to their end; its last token it reads itself."""
-        if sequence.params.prompt_logprobs is not None or sequence.request.embeddings is not None:
+        if sequence.params.prompt_logprobs is not None or not self._known_by_ids(sequence):
             return
         while sequence.read % PAGE == 0 and sequence.read + PAGE < sequence.prompt_length:
             found = self.pages.find(self._before(sequence), sequence.ids[sequence.read : sequence.read + PAGE])
@@ -351,12 +349,16 @@ class Engine:
 
     def _know(self, sequence: Sequence, end: int) -> None:
         """Make this text's full pages before token `end` known to others."""
-        if sequence.request.embeddings is not None:
+        if not self._known_by_ids(sequence):
             return
         while (len(sequence.chain) + 1) * PAGE <= end:
             at = len(sequence.chain)
             ids = sequence.ids[at * PAGE : (at + 1) * PAGE]
             sequence.chain.append(self.pages.know(self._before(sequence), ids, sequence.pages[at]))
+
+    def _known_by_ids(self, sequence: Sequence) -> bool:
+        """Whether its ids say all that the model reads: not where vectors, given or learned, stand in their place."""
+        return sequence.request.embeddings is None and isinstance(self.model, Decoder)
 
     def _before(self, sequence: Sequence) -> int | str:
         """The name of the page before: the last one of the chain, or for the first page the adapter's name."""

@@ -110,11 +110,11 @@ class NativeReader:
         if rotary.table.dtype != torch.float32 or rotary.table.shape[1] < c.max_position_embeddings:
             rotary.grow(max(c.max_position_embeddings, rotary.table.shape[1]))
         self.longest = rotary.table.shape[1]
-        tensors = {"norm": model.norm.weight, "head": model.lm_head.weight}
+        tensors: dict[str, Any] = {"norm": model.norm.weight, "head": model.lm_head.weight}
         tensors["cos"], tensors["sin"] = rotary.table
         blocks = [self._tensors(block, pages, i) for i, block in enumerate(model.layers)]
         # what the pointers point to stays alive with this object
-        self.memory = [t.detach() for group in (tensors, *blocks) for t in group.values()]
+        self.memory = [t.detach() for group in [tensors, *blocks] for t in group.values()]
         self.model = _Model(
             layers=len(blocks), D=c.hidden_size, H=c.num_attention_heads, G=c.num_key_value_heads, K=c.head_dim,
             F=c.intermediate_size, V=c.vocab_size, window=c.windows[0] or self.longest, eps=model.norm.eps,

@@ -45,7 +45,8 @@ class PagedCache(KVCache):
         self.end = 0
 
     def update(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(slots, Tensor)
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=self.tables.device).expand(len(self.tables), -1)
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         page, offset = self.tables.gather(1, slots // PAGE), slots % PAGE
         keys[page, :, :, offset] = k_BTGK

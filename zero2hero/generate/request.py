@@ -86,12 +86,10 @@ class SamplingParams:
         for name in ("seed", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), 0)
-        require_number("temperature", self.temperature, 0.0)
+        require_number("temperature", self.temperature, 0.0, 1e4)
         require_number("top_p", self.top_p, 0.0, 1.0)
         require_number("min_p", self.min_p, 0.0, 1.0)
-        require_number("repetition_penalty", self.repetition_penalty, 0.0)
-        if self.repetition_penalty == 0:
-            raise UserError("repetition_penalty must be greater than 0, not 0 (1 turns it off)")
+        require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         for name in ("presence_penalty", "frequency_penalty"):
             require_number(name, getattr(self, name), -1e4, 1e4)
         for token_id, bias in self.logit_bias.items():
@@ -107,7 +105,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5  # a number that logits can still be divided by
 
 
 @dataclass
