@@ -98,17 +98,6 @@ VERBS = {
         ),
         ("model", "prompt"),
     ),
-    "chat": Verb(
-        "Talk with a model on the terminal.",
-        "zero2hero.options:ChatConfig",
-        "zero2hero.generate.chat:run",
-        (
-            "zero2hero chat runs/assistant",
-            'zero2hero chat runs/assistant --system "You answer in one sentence." --temperature 0.3',
-            "zero2hero chat Qwen/Qwen3-0.6B --adapter runs/adapter",
-        ),
-        ("model",),
-    ),
     "run-pipeline": Verb(
         "Let a model do a task: classify, fill in, find names, answer, translate, ...",
         "zero2hero.options:RunPipelineConfig",
@@ -122,6 +111,17 @@ VERBS = {
             "zero2hero run-pipeline sentiment-analysis --model runs/sst2 --file reviews.txt > labels.jsonl",
         ),
         ("task", "text"),
+    ),
+    "serve": Verb(
+        "Serve a model to clients of the OpenAI API.",
+        "zero2hero.options:ServeConfig",
+        "zero2hero.serve.command:run",
+        (
+            "zero2hero serve runs/quickstart",
+            "zero2hero serve runs/quickstart --port 9000 --metrics",
+            "zero2hero serve Qwen/Qwen3-0.6B --host 0.0.0.0 --dtype bf16",
+        ),
+        ("model",),
     ),
     "convert": Verb(
         "Turn old weights (pytorch_model.bin, llama2.c) into an ordinary model directory.",

@@ -88,24 +88,6 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class ChatConfig:
-    """`zero2hero chat MODEL`."""
-
-    model: str  # a run, a Hugging Face directory, or a hub id, with a chat template
-    system: str = ""  # the system's message
-    adapter: str | None = None  # the folder of an adapter that the model wears
-    max_new_tokens: int = 512
-    temperature: float = 0.8  # 0 always takes the likeliest token
-    top_k: int = 0  # 0: off
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None  # the same seed gives the same answers; by default new ones each time
-    device: str = "auto"
-    dtype: str | None = None  # fp32 or bf16; as stored by default
-
-
-@dataclass(frozen=True)
 class ConvertConfig:
     """`zero2hero convert IN OUT`."""
 
@@ -139,6 +121,22 @@ class RunPipelineConfig:
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.file):
             raise UserError("give a text, or --file with a text on each line")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """`zero2hero serve MODEL`."""
+
+    model: str  # a run, a Hugging Face directory, or a hub id
+    host: str = "127.0.0.1"  # any other address, such as 0.0.0.0, demands a key
+    port: int = 8000
+    api_key: str | None = None  # made and printed where one is needed; better given as ZERO2HERO_API_KEY
+    served_model_name: str | None = None  # what clients call it; the folder's name by default
+    max_batch_size: int = 16  # texts written at a time
+    max_waiting: int = 64  # texts that wait; further ones are told to come back
+    metrics: bool = False  # counts in Prometheus' format at /metrics
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Before each token, every token of the vocabulary that would leave the form is forbidden (Willard and Louf 2023, arXiv
 2307.09702). Which these are, `llguidance` computes: a parser for the grammar walks the vocabulary as a tree of bytes,
-so a token may hold the end of one part of the form and the beginning of the next. The end-of-text token is allowed
-where the text is complete; a text that max_new_tokens cuts off is not.
+so a token may hold the end of one part of the form and the beginning of the next. The end-of-text token is allowed where
+the text is complete; a text that max_new_tokens cuts off is not.
 
     form = Constraint.json_schema(lm, {"type": "object", "properties": {"age": {"type": "integer"}}})
     engine.submit(Request(ids, SamplingParams(constraint=form)))
@@ -83,11 +83,11 @@ class Matcher:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> Tensor:
-        """[V] bool: the tokens that may come next; all of them when the form cannot go on (`advance` then says so)."""
+        """[V] bool: the tokens that may come next, at least one."""
         mask = torch.zeros(self._vocab_size, dtype=torch.bool)
         known = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         mask[: len(known)] = known[: self._vocab_size] > 0
-        return mask if bool(mask.any()) else ~mask
+        return mask
 
     def advance(self, token_id: int) -> str | None:
         """One more token. Returns "stop" when the text is complete and nothing can follow, "length" when the form has

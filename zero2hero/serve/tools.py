@@ -1,0 +1,126 @@
+"""Tools that a model may call, and answers of a given form.
+
+A call is written as `<tool_call>`, a line of JSON with the tool's name and arguments, `</tool_call>`. Reading that out
+of a free text goes wrong in many ways; so the text is not free. It is written in up to three parts, each a request of
+its own that goes on where the last one ended (the engine remembers what it has read):
+
+1. freely, until the model begins a call, where it may choose whether to (tool_choice "auto");
+2. the name, constrained to the names of the tools, where there is a choice ("auto", "required");
+3. the arguments, constrained to the tool's JSON schema.
+
+So every call is of a tool that exists, with arguments of the right form, and these can be streamed as they are. There
+is one call in an answer; the client sends its result and asks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from zero2hero.serve.answers import Delta
+from zero2hero.serve.prompts import TOOL_CALL, require
+from zero2hero.serve.schema import ChatRequest, NamedTool, ResponseFormat, Tool
+from zero2hero.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from zero2hero.generate.constrained import Constraint
+    from zero2hero.generate.engine import Event
+    from zero2hero.language_model import LanguageModel
+    from zero2hero.serve.chat import Chat
+
+
+def constraint_for(lm: LanguageModel, asked: ResponseFormat | None) -> Constraint | None:
+    """What `response_format` asks for. Raises `UserError` for a schema that is none."""
+    if asked is None or asked.type == "text":
+        return None
+    from zero2hero.generate.constrained import Constraint
+
+    if asked.json_schema is None:
+        return Constraint.json_object(lm)
+    return Constraint.json_schema(lm, asked.json_schema.schema_)
+
+
+class ToolCalls:
+    """The tools of one request, and how its answer comes to call one of them."""
+
+    def __init__(self, lm: LanguageModel, tools: list[Tool], choice: str) -> None:
+        from zero2hero.generate.constrained import Constraint
+
+        self.lm, self.tools, self.choice = lm, tools, choice  # "auto", "required", or the one tool's name
+        schemas = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in tools}
+        self.arguments = {name: Constraint.json_schema(lm, schema) for name, schema in schemas.items()}
+        self.names = Constraint.json_schema(lm, {"enum": list(schemas)})
+
+    @classmethod
+    def asked_for(cls, lm: LanguageModel, body: ChatRequest) -> ToolCalls | None:
+        """None where nothing can be called."""
+        choice = body.tool_choice or "auto"
+        tools = body.tools or []
+        require(bool(tools) or choice in ("auto", "none"), "tool_choice needs tools", "tool_choice")
+        if not tools or choice == "none":
+            return None
+        require(body.n in (None, 1), "with tools n must be 1", "n")
+        require(
+            body.response_format is None or body.response_format.type == "text",
+            "an answer of a given form cannot call tools: give tools or response_format", "response_format",
+        )  # fmt: skip
+        if not isinstance(choice, NamedTool):
+            return cls(lm, tools, choice)
+        name = choice.function.name
+        tools = [tool for tool in tools if tool.function.name == name]
+        require(bool(tools), f"there is no tool {name!r}", "tool_choice")
+        return cls(lm, tools, name)
+
+    async def deltas(self, chat: Chat, worker: Worker) -> AsyncGenerator[Delta, None]:
+        """The answer: text, a call, or both."""
+        text, name, ids = "", self.choice, list(chat.prompt)
+        if self.choice == "auto":
+            async with aclosing(self._write(chat, worker, ids, None)) as events:
+                async for event in events:
+                    delta = chat.delta(0, event)
+                    if event.finish_reason:
+                        text = self.lm.tokenizer.decode(event.sequence.output_ids, skip_special_tokens=False)
+                        delta.finish_reason = None if TOOL_CALL in text else event.finish_reason
+                    yield delta
+            if TOOL_CALL not in text:
+                return
+            text = text[: text.index(TOOL_CALL)]
+        ids += self._encode(f'{text}{TOOL_CALL}\n{{"name": ')
+        if self.choice in ("auto", "required"):
+            written = ""
+            async with aclosing(self._write(chat, worker, ids, self.names)) as events:
+                async for event in events:
+                    written += chat.delta(0, event).content
+            if event.finish_reason != "stop":
+                yield Delta(0, finish_reason=event.finish_reason)
+                return
+            name = json.loads(written)
+        ids += self._encode(f'{json.dumps(name)}, "arguments": ')
+        call: dict[str, Any] = {"index": 0, "id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        yield Delta(0, call=call | {"function": {"name": name, "arguments": ""}})
+        async with aclosing(self._write(chat, worker, ids, self.arguments[name])) as events:
+            async for event in events:
+                delta = chat.delta(0, event)
+                if delta.content:
+                    yield Delta(0, call={"index": 0, "function": {"arguments": delta.content}})
+        yield Delta(0, finish_reason="tool_calls" if event.finish_reason == "stop" else event.finish_reason)
+
+    async def _write(
+        self, chat: Chat, worker: Worker, ids: list[int], constraint: Constraint | None
+    ) -> AsyncGenerator[Event, None]:
+        """What follows these ids; without a constraint up to the beginning of a call."""
+        request = chat.requests[0]
+        params = request.params
+        left = max(params.max_new_tokens - chat.written, 0)
+        stop = () if constraint else (*params.stop, TOOL_CALL)
+        params = dataclasses.replace(params, max_new_tokens=left, stop=stop, constraint=constraint)
+        async with aclosing(worker.write([dataclasses.replace(request, prompt_ids=ids, params=params)])) as events:
+            async for _, event in events:
+                yield event
+
+    def _encode(self, text: str) -> list[int]:
+        return self.lm.tokenizer.encode(text, add_special_tokens=False)
