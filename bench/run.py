@@ -17,6 +17,7 @@ BENCHMARKS = (
     "loss_head",
     "memory",
     "generation",
+    "serve",
     "checkpoint",
     "ranks",
     "loading",
