@@ -10,6 +10,7 @@ took no part in training.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -23,6 +24,8 @@ import zero2hero as z2h
 from zero2hero.cli import VERBS
 from zero2hero.command_line import named, parse
 from zero2hero.data.files import read_lines
+from zero2hero.data.pictures import open_pictures
+from zero2hero.data.worlds.raster import png
 
 
 def train(verb: str, recipe: str, *options: str) -> float:
@@ -71,7 +74,40 @@ def multi30k(data: Path, runs: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"sst2": sst2, "multi30k": multi30k}
+def mnist(recipe: str, data: Path, runs: Path) -> dict[str, Any]:
+    """Which digit? Accuracy on a fifth of the 10,000 images of MNIST's test set, after training on the others."""
+    seconds = train("train image-classification", recipe, "--data", str(data / "mnist"), "--validation_fraction", "0.2",
+                    "--output_dir", str(runs / recipe))  # fmt: skip
+    _, held_out = open_pictures(str(data / "mnist"), validation_fraction=0.2)
+    look = z2h.pipeline("image-classification", model=runs / recipe)
+    found = look([png(row["image"]) for row in held_out.rows], batch_size=64, top_k=1)
+    right = sum(one[0]["label"] == row["label"] for one, row in zip(found, held_out.rows))
+    return {"accuracy": right / len(held_out), "seconds": seconds, "budget": 300}
+
+
+def easy_vqa(data: Path, runs: Path) -> dict[str, Any]:
+    """What colour, what shape, is there ...? Accuracy on the first 2,000 of the 9,673 test questions of easy-VQA.
+
+    The answer is what the model writes, as its pipeline returns it. The test images take part in nothing but the
+    evaluations on the way.
+    """
+    archive = str(data / "easy_vqa" / "easy_vqa_data.zip")
+    seconds = train("train image-text-to-text", "easy_vqa_cpu", "--data", archive, "--output_dir", str(runs / "vqa"))
+    rows = open_pictures(archive)[1].rows[:2000]
+    answer = z2h.pipeline("visual-question-answering", model=runs / "vqa")
+    asked = [{"image": row["image"], "question": row["question"]} for row in rows]
+    found = answer(asked, batch_size=64, max_new_tokens=8)
+    right = sum(one[0]["answer"] == row["answer"] for one, row in zip(found, rows))
+    return {"accuracy": right / len(rows), "seconds": seconds, "budget": 600}
+
+
+TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "sst2": sst2,
+    "multi30k": multi30k,
+    "mnist_mlp": functools.partial(mnist, "digits_mlp_cpu"),
+    "mnist_vit": functools.partial(mnist, "digits_vit_cpu"),
+    "easy_vqa": easy_vqa,
+}
 
 
 def main() -> None:

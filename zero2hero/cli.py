@@ -87,6 +87,35 @@ VERBS = {
             "zero2hero train text2text-generation --data pairs.jsonl --base_model runs/t5",
         ),
     ),
+    "train image-classification": Verb(
+        "Train a vision Transformer or a multi-layer perceptron to label images.",
+        "zero2hero.task_configs:ImageClassificationConfig",
+        "zero2hero.train.image_classification:train",
+        (
+            "zero2hero train image-classification --data photos/ --output_dir runs/photos",
+            "zero2hero train image-classification --data digits --architecture mlp --mlp.dropout 0.2",
+            "zero2hero train image-classification --data photos/ --base_model google/vit-base-patch16-224",
+        ),
+    ),
+    "train zero-shot-image-classification": Verb(
+        "Train a CLIP or SigLIP on images and captions, to tell which of any texts belongs to an image.",
+        "zero2hero.task_configs:ZeroShotImageConfig",
+        "zero2hero.train.zero_shot_image_classification:train",
+        (
+            "zero2hero train zero-shot-image-classification --data captions.jsonl --output_dir runs/clip",
+            "zero2hero train zero-shot-image-classification --data shapes:20000 --train.max_steps 500",
+        ),
+    ),
+    "train image-text-to-text": Verb(
+        "Train a LLaVA: a language model that answers questions about images.",
+        "zero2hero.task_configs:ImageTextConfig",
+        "zero2hero.train.image_text_to_text:train",
+        (
+            "zero2hero train image-text-to-text --data scenes:20000 --output_dir runs/vlm",
+            "zero2hero train image-text-to-text --data questions.jsonl --vision_model runs/clip "
+            "--language_model runs/quickstart --trained projector",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",

@@ -183,6 +183,38 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+@dataclass(frozen=True)
+class MLPConfig:
+    """The shape of a multi-layer perceptron that classifies images (models/mlp.py)."""
+
+    hidden_sizes: list[int] = field(default_factory=lambda: [512, 256])  # width of each hidden layer
+    image_size: int = 28  # height and width, in pixels
+    num_channels: int = 1  # 1: grey; 3: colours
+    activation: str = "relu"  # relu, gelu, silu, tanh, sigmoid
+    dropout: float = 0.0
+    id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"}, metadata=NO_OPTION)
+    model_type: str | None = field(default=None, metadata=NO_OPTION)
+    extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)
+
+    task = "image_classification"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "image_size")
+        at_least(self, 0, "dropout")
+        below(self, 1, "dropout")
+        one_of(self, "activation", ("relu", "gelu", "silu", "tanh", "sigmoid"))
+        if self.num_channels not in (1, 3):
+            raise UserError(f"num_channels is 1 (grey) or 3 (colours), not {self.num_channels}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise UserError(
+                f"hidden_sizes lists the width of each hidden layer, as in '[512, 256]', not {self.hidden_sizes}"
+            )
+        _check_labels(self.id2label)
+
+    def derived(self) -> MLPConfig:
+        return self
+
+
 # What makes a `VisionConfig` the image model of CLIP, and of SigLIP.
 CLIP_TOWER: dict[str, Any] = {"task": "none", "first_norm": True, "patch_bias": False}
 SIGLIP_TOWER: dict[str, Any] = {"task": "attention", "class_token": False}

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from zero2hero.config import RunConfig, TokenizerConfig, at_least, one_of
+from zero2hero.config import DecoderConfig, RunConfig, TokenizerConfig, TrainConfig, at_least, below, one_of
 from zero2hero.errors import UserError
-from zero2hero.model_configs import EncoderConfig, EncoderDecoderConfig
+from zero2hero.model_configs import (
+    CLIP_TOWER,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    MLPConfig,
+    VisionConfig,
+    VisionTextConfig,
+    text_tower,
+)
 
 
 @dataclass(frozen=True)
@@ -123,3 +131,111 @@ class Text2TextConfig(TextTaskConfig):
         super().__post_init__()
         one_of(self, "metric", ("exact_match", "bleu"))
         at_least(self, 0, "eval_samples")
+
+
+# --- tasks about images -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageTaskConfig(RunConfig):
+    """What all runs have that train a model of images for a task."""
+
+    task: ClassVar[str]  # the pipeline's, which the result serves
+    data: str = ""
+    validation_data: str | None = None  # held-out records, named like data; by default a part of data
+    validation_fraction: float = 0.2  # of the images, held out where there is no validation_data
+    image_column: str | None = None  # of a table: paths of images, or images; image, file_name, ..., by itself
+    on_bad_record: str = "raise"  # a record or image that cannot be read is an error (raise), or is left out (skip)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "on_bad_record", ("raise", "skip"))
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is a share of the images in (0, 1), not {self.validation_fraction}")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are changed, each time anew, in ways that do not change what they show."""
+
+    shift: float = 0.0  # by up to this share of width and height
+    rotation: float = 0.0  # by up to so many degrees
+    scale: float = 0.0  # larger or smaller by up to this share
+    flip: bool = False  # half of them mirrored, left to right
+    erasing: float = 0.0  # share of the images of which a rectangle is blotted out
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "shift", "rotation", "scale", "erasing")
+        below(self, 1, "shift", "scale")
+        if self.erasing > 1:
+            raise UserError(f"erasing is a share of the images in [0, 1], not {self.erasing}")
+
+
+@dataclass(frozen=True)
+class ImageClassificationConfig(ImageTaskConfig):
+    """`zero2hero train image-classification`: images and a label for each in."""
+
+    task = "image-classification"
+    data: str = "digits"
+    """A folder with a folder of images for each label; MNIST's files; a table (.jsonl, .csv, .parquet) with images and
+    labels; a .zip of these; or the built-in digits and shapes (digits:20000 makes so many)."""
+    output_dir: str = "runs/image_classification"
+    label_column: str | None = None  # label, class, ..., by itself
+    base_model: str | None = None
+    """A run, a Hugging Face directory or a hub id to begin from; a new head where its labels are others."""
+    architecture: str = "vit"  # vit (--model), or mlp (--mlp): the multi-layer perceptron
+    model: VisionConfig = field(default_factory=VisionConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "architecture", ("vit", "mlp"))
+
+
+@dataclass(frozen=True)
+class ZeroShotImageConfig(ImageTaskConfig):
+    """`zero2hero train zero-shot-image-classification`: images and a caption for each in."""
+
+    task = "zero-shot-image-classification"
+    data: str = "shapes"
+    """A table (.jsonl, .csv, .parquet) with images and captions, a folder or .zip with one, or the built-in shapes and
+    scenes (shapes:20000 makes so many)."""
+    output_dir: str = "runs/zero_shot_image_classification"
+    caption_column: str | None = None  # caption, text, ..., by itself
+    base_model: str | None = None  # a run, a Hugging Face directory or a hub id to begin from, with its tokenizer
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind="wordpiece", vocab_size=2000))
+    model: VisionTextConfig = field(
+        default_factory=lambda: VisionTextConfig(
+            text_tower(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32),
+            VisionConfig(image_size=32, **CLIP_TOWER),
+        )
+    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(per_device_train_batch_size=128, max_length=32))
+
+
+@dataclass(frozen=True)
+class ImageTextConfig(ImageTaskConfig):
+    """`zero2hero train image-text-to-text`: images, questions and answers in, a LLaVA out."""
+
+    task = "image-text-to-text"
+    data: str = "scenes"
+    """A table (.jsonl, .json, .csv, .parquet) with images, questions and answers (or captions alone), a folder or .zip
+    with one, or the built-in scenes (scenes:20000 makes so many)."""
+    output_dir: str = "runs/image_text_to_text"
+    question_column: str | None = None  # question, prompt, ..., by itself; where there is none, captions are learned
+    answer_column: str | None = None  # answer, caption, ..., by itself
+    base_model: str | None = None  # a LLaVA to go on from: a run, a Hugging Face directory or a hub id
+    vision_model: str | None = None  # a model of images and texts (CLIP, SigLIP) whose image model to take
+    language_model: str | None = None  # a language model to take, with its tokenizer
+    trained: str = "all"
+    """What learns: projector (the first stage of LLaVA), projector_and_language_model (the second), all."""
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024))
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=32, **CLIP_TOWER))
+    model: DecoderConfig = field(default_factory=lambda: DecoderConfig(hidden_size=128, num_attention_heads=4))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "trained", ("projector", "projector_and_language_model", "all"))
+        if self.base_model and (self.vision_model or self.language_model):
+            raise UserError("base_model is a whole model: leave out vision_model and language_model")

@@ -7,6 +7,7 @@ from zero2hero.model_configs import (
     EncoderConfig,
     EncoderDecoderConfig,
     Idefics3Config,
+    MLPConfig,
     VisionConfig,
     VisionLanguageConfig,
     VisionTextConfig,
@@ -16,11 +17,13 @@ from zero2hero.models.decoder import Decoder, init_weights
 from zero2hero.models.encoder import Encoder, with_head
 from zero2hero.models.encoder_decoder import EncoderDecoder
 from zero2hero.models.idefics3 import Idefics3
+from zero2hero.models.mlp import MLP, init_mlp
 from zero2hero.models.vision import VisionTransformer
 from zero2hero.models.vision_language import VisionLanguage
 from zero2hero.models.vision_text import VisionText
 
 __all__ = [
+    "MLP",
     "Decoder",
     "DecoderConfig",
     "Encoder",
@@ -29,6 +32,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "Idefics3",
     "Idefics3Config",
+    "MLPConfig",
     "VisionConfig",
     "VisionLanguage",
     "VisionLanguageConfig",
@@ -36,6 +40,7 @@ __all__ = [
     "VisionTextConfig",
     "VisionTransformer",
     "from_pretrained",
+    "init_mlp",
     "init_weights",
     "save_pretrained",
     "with_head",

@@ -138,7 +138,7 @@ def softmax_contrastive(model: nn.Module, batch: Any) -> Loss:
     `batch`: ids_BT and pixels_BCHW, row by row a pair. The texts and images to choose from are those of all ranks, so
     the loss depends on what is in a batch together: micro-batches are not parts of one sum.
     """
-    texts, images = model(batch.ids_BT, batch.pixels_BCHW)
+    texts, images = (x.float() for x in model(batch.ids_BT, batch.pixels_BCHW))  # bf16 has 3 digits: too few to compare
     logits: Any = model.logits
     (all_texts, all_images), own = _of_all_ranks(texts, images)
     per_image, per_text = logits(all_texts, images), logits(texts, all_images).t()
@@ -151,7 +151,7 @@ def sigmoid_contrastive(model: nn.Module, batch: Any) -> Loss:
 
     `batch`: as `softmax_contrastive`'s.
     """
-    texts, images = model(batch.ids_BT, batch.pixels_BCHW)
+    texts, images = (x.float() for x in model(batch.ids_BT, batch.pixels_BCHW))  # bf16 has 3 digits: too few to compare
     logits: Any = model.logits
     (all_texts, _), own = _of_all_ranks(texts, images)
     per_image = logits(all_texts, images)

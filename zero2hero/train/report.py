@@ -36,6 +36,7 @@ from zero2hero.train.tracking import read_metrics
 
 COLUMNS_OF_SAMPLES = 4  # steps shown side by side, from the first to the last
 SAMPLE_CHARACTERS = 1500  # of each sample
+LABELS_SHOWN = 40  # at most, in a table of confusions
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Run:
     rows: list[dict[str, Any]]  # metrics.jsonl
     settings: dict[str, Any]  # run.yaml; empty when absent
     config: dict[str, Any]  # config.json; empty when absent
+    predictions: dict[str, Any]  # predictions.json; empty when absent
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Run:
@@ -56,6 +58,7 @@ class Run:
             read_metrics(path),
             _read_mapping(path / "run.yaml", yaml.safe_load),
             _read_mapping(path / "config.json", json.loads),
+            _read_mapping(path / "predictions.json", json.loads),
         )
 
     def values(self, name: str) -> list[Any]:
@@ -118,6 +121,8 @@ def outcome(run: Run) -> str:
         return "No loss has been recorded yet."
     if not math.isfinite(loss):
         return f"The run diverged: its last {name} is {loss}. A lower learning rate or a longer warmup may help."
+    if (accuracy := run.last("eval_accuracy")) is not None:
+        return f"<strong>Held-out accuracy {accuracy:.1%}</strong>, at a {name} of {loss:.3f} nats."
     measures = [f"perplexity {math.exp(min(loss, 99)):.4g}"]
     if (bits := run.last("eval_bits_per_byte")) is not None:
         measures.append(f"{bits:.3f} bits per byte")
@@ -206,6 +211,43 @@ def samples(run: Run) -> Section | None:
     return Section("What it writes", f'<div class="samples">{rows}</div>')
 
 
+def seen(run: Run) -> Section | None:
+    """Held-out pictures with what the finished model says of them, mistakes first (see predictions.py)."""
+    pictures = run.predictions.get("pictures")
+    if not pictures:
+        return None
+
+    def cell(shown: Mapping[str, Any]) -> str:
+        wrong = shown["prediction"] != shown["truth"]
+        question = f'<p class="quiet">{escape(shown["question"])}</p>' if shown["question"] else ""
+        truth = f"<p>not {escape(shown['prediction'])}</p>" if wrong else ""
+        image = f'<img alt="{escape(shown["truth"])}" src="data:image/png;base64,{escape(shown["png"])}">'
+        words = f"{question}<p><b>{escape(shown['truth'])}</b></p>{truth}"
+        return f'<div class="seen{" wrong" * wrong}">{image}{words}</div>'
+
+    return Section("Held-out pictures", f'<div class="pictures">{"".join(map(cell, pictures))}</div>')
+
+
+def confusion(run: Run) -> Section | None:
+    """How often each label was taken for each other one."""
+    labels, matrix = run.predictions.get("labels"), run.predictions.get("confusion")
+    if not labels or not matrix or len(labels) > LABELS_SHOWN:
+        return None
+
+    def cell(count: int, total: int, right: bool) -> str:
+        strength = 0 if not count else min(4, 1 + int(4 * count / total))  # of five shades
+        return f'<td class="{"hit" if right else "miss"}{strength}">{count or ""}</td>'
+
+    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
+    rows = "".join(
+        f"<tr><th>{escape(label)}</th>{''.join(cell(n, max(1, sum(row)), i == j) for j, n in enumerate(row))}</tr>"
+        for i, (label, row) in enumerate(zip(labels, matrix))
+    )
+    words = '<p class="quiet">A row for each true label, a column for what the model took it for.</p>'
+    table = f'<table class="confusion"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return Section("Confusions", words + table)
+
+
 def settings(run: Run) -> Section | None:
     """run.yaml as tables, one for each of its sections."""
     if not run.settings:
@@ -227,7 +269,7 @@ def machine(run: Run) -> Section | None:
 
 
 # the body of the page, in order; a builder returns None when the run has nothing to show in it
-SECTIONS: list[Callable[[Run], Section | None]] = [curves, health, samples, settings, machine]
+SECTIONS: list[Callable[[Run], Section | None]] = [curves, health, seen, confusion, samples, settings, machine]
 
 
 def escape(text: object) -> str:

@@ -14,13 +14,15 @@ from zero2hero.models.families.gpt2 import GPT2
 from zero2hero.models.families.idefics3 import IDEFICS3, SMOLVLM
 from zero2hero.models.families.llama import ARCEE, LLAMA, MISTRAL, QWEN2, QWEN3
 from zero2hero.models.families.llava import LLAVA
+from zero2hero.models.families.mlp import MLP_FAMILY
 from zero2hero.models.families.moe import MIXTRAL, QWEN3_MOE
 from zero2hero.models.families.t5 import T5
 from zero2hero.models.families.vit import VIT
 
 _DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, MIXTRAL, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3)
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*_DECODERS, BERT, ROBERTA, T5, VIT, CLIP, SIGLIP, LLAVA, IDEFICS3, SMOLVLM)
+    family.model_type: family
+    for family in (*_DECODERS, BERT, ROBERTA, T5, VIT, CLIP, SIGLIP, LLAVA, IDEFICS3, SMOLVLM, MLP_FAMILY)
 }
 
 # What can be written, for those who put a shape together themselves.
