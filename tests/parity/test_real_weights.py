@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zero2hero.cli import main
 from zero2hero.errors import UserError
-from zero2hero.models import Decoder, from_pretrained
+from zero2hero.models import Decoder, Encoder, EncoderConfig, from_pretrained
 from zero2hero.models.llama2c import read_llama2c
+from zero2hero.tune import load_adapter, merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,3 +185,53 @@ def test_the_sorter_sorts(sorter):
         for _ in range(6):
             ids = torch.cat([ids, sorter.logits(sorter(ids[:, :11])[:, -1]).argmax(-1, keepdim=True)], 1)
     assert torch.equal(ids[:, 6:], problems.sort(-1).values)
+
+
+# --- roberta_lora_mnli: an adapter that microsoft/LoRA published, whose names need an ending to be PEFT's ------------
+
+
+def test_an_adapter_of_roberta_base(shared_data, tmp_path):
+    """Every tensor finds its place in an encoder of RoBERTa base's width and depth, and is what `merge` adds."""
+    stored = load_file(shared_data / "roberta_lora_mnli" / "roberta_base_lora_mnli.safetensors")
+    assert len(stored) == 12 * 2 * 2 + 4  # A and B of queries and values, and the classifier's two layers
+    tensors = {
+        f"base_model.model.{n}.weight" if ".lora_" in n else f"base_model.model.{n}": t for n, t in stored.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["query", "value"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    # what the adapter does not touch is small
+    shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 8}
+    roberta = {"vocab_size": 50, "max_position_embeddings": 514, "position_offset": 2, "pad_token_id": 1}
+    model = Encoder(
+        EncoderConfig(
+            **shape,
+            **roberta,
+            task="sequence_classification",
+            id2label=dict(enumerate("abc")),
+            model_type="roberta",
+        )  # fmt: skip
+    ).eval()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merge(load_adapter(model, tmp_path))
+    for i, layer in enumerate(model.layers):
+        for theirs, ours in (("query", "q_proj"), ("value", "v_proj")):
+            a, b = (stored[f"roberta.encoder.layer.{i}.attention.self.{theirs}.lora_{kind}"] for kind in "AB")
+            name = f"self_attn.{ours}"
+            added = layer.get_submodule(name).weight - before[f"layers.{i}.{name}.weight"]
+            assert added.std() > 1e-3
+            torch.testing.assert_close(added, 2 * b @ a, rtol=1e-4, atol=1e-5)
+        assert torch.equal(layer.self_attn.k_proj.weight, before[f"layers.{i}.self_attn.k_proj.weight"])
+    for name in ("dense", "out_proj"):
+        for kind in ("weight", "bias"):
+            assert torch.equal(getattr(model.head.get_submodule(name), kind), stored[f"classifier.{name}.{kind}"])
+    tensors.pop("base_model.model.roberta.encoder.layer.3.attention.self.value.lora_B.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layer\.3\.attention\.self\.value\.lora_B.* is missing"):
+        load_adapter(model, tmp_path)

@@ -50,6 +50,8 @@ def beam_search(
     early_stopping: bool | str = False,
     num_return_sequences: int = 1,
     eos_ids: Collection[int] = (),
+    min_new_tokens: int = 0,
+    no_repeat_ngram_size: int = 0,
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt (for an encoder-decoder: answers to each source), best first.
 
@@ -57,16 +59,24 @@ def beam_search(
         early_stopping: True stops a search when it has `num_beams` finished texts. False also asks that no beam has,
             at its present length, a better score than the worst of them; "never" asks it at every length to come.
         eos_ids: tokens that end a text.
+        min_new_tokens: no text ends before it has so many.
+        no_repeat_ngram_size: no so many tokens in a row come twice, the prompt of a decoder (or the start token of an
+            encoder-decoder) included; 0: they may.
 
     Raises:
         UserError: a setting out of its range, or a prompt that the model cannot read.
     """
     _check(num_beams, max_new_tokens, early_stopping, num_return_sequences)
+    if min_new_tokens < 0 or no_repeat_ngram_size < 0:
+        raise UserError(
+            f"min_new_tokens and no_repeat_ngram_size are 0 or more, not {min_new_tokens} and {no_repeat_ngram_size}"
+        )
     if not prompts:
         return []
     rows: Rows
     if isinstance(model, EncoderDecoder):
         limits = [_limit(model, max_new_tokens)] * len(prompts)
+        texts = [[model.config.decoder_start_token_id]] * len(prompts)
         rows = EncoderDecoderRows(model, prompts, limits[0])
     else:
         texts = [checked_prompt(model, prompt, number) for number, prompt in enumerate(prompts)]
@@ -74,7 +84,10 @@ def beam_search(
         limits = [min(max_new_tokens, context - len(text) + 1) for text in texts]
         rows = DecoderRows(model, texts, 1, max(len(text) + limit - 1 for text, limit in zip(texts, limits)))
     early = early_stopping if num_beams > 1 else True
-    searches = [_Search(num_beams, limit, length_penalty, early, frozenset(eos_ids)) for limit in limits]
+    searches = [
+        _Search(num_beams, limit, length_penalty, early, frozenset(eos_ids), min_new_tokens, no_repeat_ngram_size, text)
+        for limit, text in zip(limits, texts)
+    ]
     _run(rows, searches, num_beams)
     return [search.finished[:num_return_sequences] for search in searches]
 
@@ -88,6 +101,10 @@ def _run(rows: Rows, searches: list[_Search], num_beams: int) -> None:
     live = searches
     while True:
         logprobs = torch.log_softmax(rows.logits.float(), -1).view(len(live), beams, vocab_size)
+        for i, search in enumerate(live):
+            for beam, (ids, _) in enumerate(search.beams):
+                if forbidden := search.forbidden(ids):
+                    logprobs[i, beam, forbidden] = -torch.inf
         scores = torch.tensor([[score for _, score in search.beams] for search in live], device=logprobs.device)
         values, places = (logprobs + scores[:, :, None]).view(len(live), -1).topk(candidates)
         parents: list[int] = []  # the row that each beam continues
@@ -107,10 +124,12 @@ class _Search:
     """The beams of one prompt, as (tokens, log-probability), and the texts that have ended, best first."""
 
     def __init__(
-        self, num_beams: int, limit: int, length_penalty: float, early_stopping: bool | str, eos_ids: frozenset[int]
-    ) -> None:
+        self, num_beams: int, limit: int, length_penalty: float, early_stopping: bool | str, eos_ids: frozenset[int],
+        min_new_tokens: int, no_repeat_ngram_size: int, before: list[int],
+    ) -> None:  # fmt: skip
         self.num_beams, self.limit, self.length_penalty = num_beams, limit, length_penalty
         self.early_stopping, self.eos_ids = early_stopping, eos_ids
+        self.min_new_tokens, self.no_repeat_ngram_size, self.before = min_new_tokens, no_repeat_ngram_size, before
         self.beams: list[tuple[list[int], float]] = [([], 0.0)]
         self.finished: list[Hypothesis] = []
         self.done = False
@@ -135,6 +154,15 @@ class _Search:
         self.beams = beams
         self.done = length == self.limit or (len(self.finished) == self.num_beams and not self._can_improve(length))
         return parents
+
+    def forbidden(self, ids: list[int]) -> list[int]:
+        """Tokens that may not follow a beam: an end that comes too early, and what would repeat an n-gram."""
+        found = set(self.eos_ids) if len(ids) < self.min_new_tokens else set()
+        if n := self.no_repeat_ngram_size:
+            whole = self.before + ids
+            last = whole[len(whole) - n + 1 :]
+            found |= {whole[i + n - 1] for i in range(len(whole) - n + 1) if whole[i : i + n - 1] == last}
+        return sorted(found)
 
     def _can_improve(self, length: int) -> bool:
         if self.early_stopping is True:

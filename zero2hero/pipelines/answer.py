@@ -71,12 +71,7 @@ class QuestionAnswering(TextPipeline):
         if room < 1 or shared < 0:
             raise UserError(f"{self.task}: the question has {asked} tokens, the model reads {longest} at a time, and "
                             f"windows share {shared}; there is no room for the context")  # fmt: skip
-        raw.enable_truncation(longest, stride=shared if shared < room else room // 2, strategy="only_second")
-        try:
-            whole = raw.encode(question, context)
-        finally:
-            raw.no_truncation()
-        return [whole, *whole.overflowing]
+        return self.cut((question, context), longest, "only_second", shared if shared < room else room // 2)
 
     def _collect(
         self, window: tokenizers.Encoding, context: str, answers: dict[str, dict[str, Any]], at_most: int, longest: int

@@ -129,12 +129,20 @@ class TextPipeline(Pipeline):
                 raise UserError(f"{self.task}: a text has {len(part.ids)} tokens, the model reads {longest} at most; "
                                 "shorten it, or use truncation=True where the task has it")  # fmt: skip
             if len(part.ids) > longest:
-                raw.enable_truncation(longest, strategy=truncation)
-                try:
-                    parts[i] = raw.encode_batch([texts[i]])[0]
-                finally:
-                    raw.no_truncation()
+                parts[i] = self.cut(texts[i], longest, truncation)[0]
         return self.pad(parts)
+
+    def cut(
+        self, text: str | tuple[str, str], longest: int, strategy: str | None = "longest_first", stride: int = 0
+    ) -> list[tokenizers.Encoding]:
+        """A text, or a pair, in windows of `longest` tokens at most that share `stride` tokens with the one before."""
+        raw = self.tokenizer.raw
+        raw.enable_truncation(longest, stride=stride, strategy=strategy)
+        try:
+            whole = raw.encode_batch([text])[0]
+        finally:
+            raw.no_truncation()
+        return [whole, *whole.overflowing]
 
     @property
     def longest(self) -> int:

@@ -88,28 +88,50 @@ class TokenClassification(TextPipeline):
     """
 
     def run(
-        self, inputs: list[str], *, aggregation_strategy: str = "none", ignore_labels: Sequence[str] = ("O",)
-    ) -> list[list[dict[str, Any]]]:
+        self, inputs: list[str], *, aggregation_strategy: str = "none", ignore_labels: Sequence[str] = ("O",),
+        truncation: bool = False, stride: int | None = None,
+    ) -> list[list[dict[str, Any]]]:  # fmt: skip
+        """`truncation`: leave out the end of a text that is too long. `stride`: read it in windows that share so many
+        tokens, and of entities that overlap there keep the longest."""
         if aggregation_strategy not in STRATEGIES:
             near = did_you_mean(aggregation_strategy, STRATEGIES)
             raise UserError(
                 f"aggregation_strategy is one of {', '.join(STRATEGIES)}, not {aggregation_strategy!r}.{near}"
             )
-        batch = self.encode(inputs)
+        if stride is None:
+            windows = [[part] for part in self.encode(inputs, "longest_first" if truncation else None).parts]
+        else:
+            windows = [self._windows(text, stride, aggregation_strategy) for text in inputs]
+        logits = iter(self.logits(self.pad([part for parts in windows for part in parts])))
         results = []
-        for text, part, logits in zip(inputs, batch.parts, self.logits(batch)):
-            pieces = self._pieces(text, part, logits.softmax(-1))
-            if aggregation_strategy not in ("none", "simple"):
-                pieces = [self._word(word, aggregation_strategy) for word in _words(pieces)]
-            else:
-                pieces = [p | self._label(p["scores"]) for p in pieces]
-            if aggregation_strategy == "none":
-                order = ("entity", "score", "index", "word", "start", "end")
-                found = [{key: piece[key] for key in order} for piece in pieces]
-            else:
-                found = [self._entity(group) for group in _groups(pieces)]
-            results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignore_labels])
+        for text, parts in zip(inputs, windows):
+            found: list[dict[str, Any]] = []
+            for part in parts:
+                entities = self._entities(self._pieces(text, part, next(logits).softmax(-1)), aggregation_strategy)
+                found += [e for e in entities if e.get("entity", e.get("entity_group")) not in ignore_labels]
+            results.append(_without_overlaps(found) if len(parts) > 1 else found)
         return results
+
+    def _windows(self, text: str, stride: int, aggregation_strategy: str) -> list[tokenizers.Encoding]:
+        room = self.longest - self.tokenizer.raw.num_special_tokens_to_add(False)
+        if not 0 <= stride < room:
+            raise UserError(
+                f"stride is from 0 to {room - 1}, so that a window has more tokens than it shares: {stride}"
+            )
+        if aggregation_strategy == "none":
+            raise UserError("stride needs another aggregation_strategy than none: windows are joined by their entities")
+        return self.cut(text, self.longest, stride=stride)
+
+    def _entities(self, pieces: list[dict[str, Any]], strategy: str) -> list[dict[str, Any]]:
+        """The entities of one window, or (strategy none) its tokens."""
+        if strategy in ("none", "simple"):
+            pieces = [p | self._label(p["scores"]) for p in pieces]
+        else:
+            pieces = [self._word(word, strategy) for word in _words(pieces)]
+        if strategy == "none":
+            order = ("entity", "score", "index", "word", "start", "end")
+            return [{key: piece[key] for key in order} for piece in pieces]
+        return [self._entity(group) for group in _groups(pieces)]
 
     def _pieces(self, text: str, part: tokenizers.Encoding, scores: Tensor) -> list[dict[str, Any]]:
         prefix = getattr(self.tokenizer.raw.model, "continuing_subword_prefix", None)
@@ -178,3 +200,18 @@ def _groups(pieces: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         else:
             groups.append([piece])
     return groups
+
+
+def _without_overlaps(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of entities that overlap, as they do where two windows meet, the longest one, or the surest of the longest."""
+
+    def weight(entity: dict[str, Any]) -> tuple[int, float]:
+        return entity["end"] - entity["start"], entity["score"]
+
+    kept: list[dict[str, Any]] = []
+    for entity in sorted(entities, key=lambda entity: entity["start"]):
+        if kept and entity["start"] < kept[-1]["end"]:
+            kept[-1] = max(kept[-1], entity, key=weight)
+        else:
+            kept.append(entity)
+    return kept

@@ -53,16 +53,21 @@ class Text2Text(TextPipeline):
 
     def run(
         self, inputs: list[str], *, max_new_tokens: int | None = None, num_beams: int | None = None,
-        length_penalty: float | None = None, early_stopping: bool | str | None = None, num_return_sequences: int = 1,
-        prefix: str | None = None,
+        length_penalty: float | None = None, early_stopping: bool | str | None = None, min_length: int | None = None,
+        no_repeat_ngram_size: int | None = None, num_return_sequences: int = 1, prefix: str | None = None,
     ) -> list[list[dict[str, str]]]:  # fmt: skip
-        """Settings as for `beam_search`; 256 new tokens and 4 beams unless somebody says otherwise."""
+        """Settings as for `beam_search`; 256 new tokens and 4 beams unless somebody says otherwise.
+
+        `min_length`: tokens that a text has at least, with the start token before it and without the end.
+        """
         given = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty,
-                 "early_stopping": early_stopping}  # fmt: skip
+                 "early_stopping": early_stopping, "min_length": min_length,
+                 "no_repeat_ngram_size": no_repeat_ngram_size}  # fmt: skip
         known = self._task_params()
         chosen: dict[str, Any] = {"max_new_tokens": 256, "num_beams": 4}
         for source in (self.parts.generation_config, known, given):
             chosen |= {name: source[name] for name in given if source.get(name) is not None}
+        chosen["min_new_tokens"] = max(0, chosen.pop("min_length", 0) - 1)
         prefix = known.get("prefix") or "" if prefix is None else prefix
         eos = self.model.config.eos_token_id
         found = beam_search(
