@@ -306,7 +306,7 @@ def test_question_answering_in_windows(folder_of):
     context = " ".join(SENTENCES * 6)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
-    windows = tokenizer("Who?", context, truncation="only_second", max_length=98, stride=20, padding=True,
+    windows = tokenizer("Who?", context, truncation="only_second", max_length=100, stride=20, padding=True,
                         return_overflowing_tokens=True, return_offsets_mapping=True, return_tensors="pt")  # fmt: skip
     assert len(windows.input_ids) > 2
     best = 0.0
