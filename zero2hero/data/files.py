@@ -23,6 +23,7 @@ import csv
 import gzip
 import json
 import lzma
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -53,27 +54,30 @@ class BadRecords:
         self.first = self.first or f"{where}: {problem}"
         self.skipped += 1
 
+    def tell(self, name: str) -> None:
+        """Warn, once all is read, of what was left out of `name`."""
+        if self.skipped:
+            warnings.warn(f"{name}: left out {self.skipped} bad records; the first: {self.first}", stacklevel=2)
+
 
 def read_documents(path: Path, text_column: str | None, bad: BadRecords) -> Iterator[Document]:
     """Every document of the file at `path`, in order, with a description of where it stands."""
+    return documents_of(read_rows(path, text_column, bad), text_column, bad)
+
+
+def read_rows(path: Path, text_column: str | None, bad: BadRecords) -> Iterator[Row]:
+    """Every record of the file at `path` as it is there; of plain text, every document."""
     if file_format(path) == ".parquet":
-        yield from documents_of(_parquet_rows(path), text_column, bad)
+        yield from _parquet_rows(path)
         return
-    read_rows = _ROW_READERS.get(file_format(path))
+    reader = _ROW_READERS.get(file_format(path))
     with _opened(path) as stream:
-        if read_rows is None:
-            yield from _plain_text(path, stream)
-        else:
-            yield from documents_of(read_rows(path, stream, text_column, bad), text_column, bad)
+        yield from _plain_text(path, stream) if reader is None else reader(path, stream, text_column, bad)
 
 
 def read_records(path: Path, header: bool, bad: BadRecords) -> Iterator[Row]:
     """Every record of a file of records. Without a `header` line the columns of a table are called 1, 2, 3, ..."""
-    if file_format(path) == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    with _opened(path) as stream:
-        yield from _ROW_READERS[file_format(path)](path, stream, None if header else "1", bad)
+    return read_rows(path, None if header else "1", bad)
 
 
 def read_lines(path: Path) -> Iterator[str]:

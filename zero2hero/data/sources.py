@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +56,7 @@ class Source:
             the tokens later (`cache.split_documents`).
         parts: the sources of a mix, in order; empty for a single source.
         find_shards: where there are several.
+        find_rows: the records with all their columns, where there are such; see `rows`.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Source:
     validation: Source | None = None
     parts: tuple[Source, ...] = ()
     find_shards: Callable[[], list[Shard]] | None = None
+    find_rows: Callable[[], Iterator[Row]] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,6 +78,12 @@ class Source:
         if self.find_shards is not None:
             return self.find_shards()
         return [shard for part in self.parts for shard in part.shards] or [Shard(self.name, self.records)]
+
+    def rows(self) -> Iterator[Row]:
+        """Every record as it is in the file, with all its columns; of plain text, every document."""
+        if self.parts:
+            return chain.from_iterable(part.rows() for part in self.parts)
+        return self.records() if self.find_rows is None else self.find_rows()
 
     def __iter__(self) -> Iterator[str]:
         return (document for document, _ in self.records())
@@ -215,6 +222,11 @@ def _from_files(name: str, paths: list[Path], text_column: str | None, skip: boo
         documents = (files.read_documents(path, text_column, bad) for path in paths)
         return _with_text(name, chain.from_iterable(documents), bad)
 
+    def rows() -> Iterator[Row]:
+        bad = BadRecords(skip)
+        yield from chain.from_iterable(files.read_rows(path, text_column, bad) for path in paths)
+        bad.tell(name)
+
     def shard(path: Path) -> Shard:
         def records() -> Iterator[Document]:
             bad = BadRecords(skip)
@@ -226,7 +238,7 @@ def _from_files(name: str, paths: list[Path], text_column: str | None, skip: boo
         settings = [text_column, skip, [files.file_format(path) for path in paths]]
         return _sha256(json.dumps([settings, [_file_sha256(path) for path in paths]]))
 
-    return Source(name, fingerprint, records, find_shards=lambda: [shard(path) for path in paths])
+    return Source(name, fingerprint, records, find_shards=lambda: [shard(path) for path in paths], find_rows=rows)
 
 
 def _with_text(name: str, documents: Iterable[Document], bad: BadRecords) -> Iterator[Document]:
@@ -249,8 +261,7 @@ def _not_blank(name: str, documents: Iterable[Document], bad: BadRecords) -> Ite
             continue
         if text.strip():
             yield text, where
-    if bad.skipped:
-        warnings.warn(f"{name}: left out {bad.skipped} bad records; the first: {bad.first}", stacklevel=2)
+    bad.tell(name)
 
 
 def _file_sha256(path: Path) -> str:
@@ -290,6 +301,7 @@ def _from_hub(spec: str, text_column: str | None, split: str, skip: bool) -> Sou
             _sha256(key),
             records,
             find_shards=lambda: [shard(*part) for part in dataset.shards()],
+            find_rows=dataset.rows,
         )
 
     dataset = HubDataset(name, config, named_split or split)

@@ -19,6 +19,8 @@ from zero2hero.errors import UserError
 
 Message = Mapping[str, Any]
 
+GENERATION_MARKS = ("_generation_begins", "_generation_ends")  # variables of a template, see `_compiled`
+
 _MARK = "\ue000 "  # where a text to be continued ends; the space shows whether the template trims
 
 
@@ -75,7 +77,7 @@ def render(
     given = {"tools": None, "documents": None} | more
     given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        text = _compiled(template).render(_plain({**(special_tokens or {}), **given}))
+        text = _compiled(template).render(as_plain_data({**(special_tokens or {}), **given}))
     except Exception as error:  # a program of somebody else's can fail in every way
         where = f" (line {error.lineno} of the template)" if hasattr(error, "lineno") else ""
         what = " ".join(str(error).split()) or type(error).__name__
@@ -90,13 +92,13 @@ def _open_end(text: str) -> str:
     return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
 
 
-def _plain(value: Any) -> Any:
+def as_plain_data(value: Any) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_plain_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [as_plain_data(item) for item in value]
     return str.__str__(value) if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
@@ -107,13 +109,18 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` marks what an assistant wrote; the text inside stays as it is."""
+        """`{% generation %} ... {% endgeneration %}` marks what an assistant wrote; the text inside stays as it is.
+
+        Around it stand two variables, which are nothing unless somebody asks for the marks (see turns.py).
+        """
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own way to declare it)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            begin, end = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in GENERATION_MARKS)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope([begin, *body, end], lineno=line)
 
     class Sandbox(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:

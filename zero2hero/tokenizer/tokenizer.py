@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +184,21 @@ class Tokenizer:
             raw = self._raw_splitting if split_special_tokens else self.raw
             return [encoding.ids for encoding in raw.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
+    def encode_with_spans(self, text: str, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the (begin, end) of the characters of `text` that it stands for.
+
+        A character of several tokens is in the span of each; a token that stands for no character has an empty span.
+        """
+        with self._explaining([text]):
+            plain = self._raw_without_post_processor.encode(text)
+            ids, spans = plain.ids, plain.offsets
+        if add_special_tokens:
+            whole = self.encode(text)
+            before = _find(ids, whole)
+            spans = [(0, 0)] * before + spans + [(len(text), len(text))] * (len(whole) - before - len(ids))
+            ids = whole
+        return ids, spans
+
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tokenize: bool = True, **more: Any
     ) -> Any:
@@ -191,7 +207,10 @@ class Tokenizer:
         The template says itself where BOS goes, so encoding adds none.
         """
         if self.chat_template is None:
-            raise UserError("this model has no chat template, so it cannot read a conversation; give it plain text")
+            raise UserError(
+                "this model has no chat template, so it cannot read a conversation; give it plain text, or set a "
+                "template (see zero2hero.tokenizer.templates)"
+            )
         roles = {role: token for role in ROLES if (token := self.special_token(role)) is not None}
         more |= {"add_generation_prompt": add_generation_prompt, "special_tokens": roles}
         text = render(self.chat_template, messages, **more)
@@ -213,9 +232,14 @@ class Tokenizer:
         raw.encode_special_tokens = True
         return raw
 
+    @cached_property
+    def _raw_without_post_processor(self) -> tokenizers.Tokenizer:
+        """A copy that adds no special tokens, and does not take spaces out of the spans, as GPT-2's processor would."""
+        return tokenizers.Tokenizer.from_str(json.dumps(json.loads(self.raw.to_str()) | {"post_processor": None}))
+
     def __getstate__(self) -> dict[str, Any]:
-        # The library does not pickle `encode_special_tokens`; a worker process makes its own copy.
-        return {name: value for name, value in self.__dict__.items() if name != "_raw_splitting"}
+        # The library does not pickle `encode_special_tokens`; a worker process makes its own copies.
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_raw_")}
 
     @contextlib.contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
@@ -280,6 +304,17 @@ class Tokenizer:
         """Ids that `decode` skips."""
         return frozenset(i for i, token in self.raw.get_added_tokens_decoder().items() if token.special)
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """All special tokens as a text spells them; files may spell them otherwise (`"▁<unk>"`)."""
+        return [token.content for token in self.raw.get_added_tokens_decoder().values() if token.special]
+
+    @cached_property
+    def special_tokens_pattern(self) -> re.Pattern[str]:
+        """Finds special tokens in a text, the longest where several begin."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical `tokenizer.json`: the same fingerprint, the same ids."""
@@ -324,6 +359,11 @@ _TOKEN_FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "spe
 # what a configuration says of the class and code that wrote it, and what is written anew
 _NOT_SAVED = {"add_bos_token", "add_eos_token", "auto_map", "backend", "chat_template", "is_local"}
 _NOT_SAVED |= {"name_or_path", "processor_class", "tokenizer_file"}
+
+
+def _find(part: list[int], whole: list[int]) -> int:
+    """Where `part` begins in `whole`, which special tokens surround."""
+    return next((i for i in range(len(whole) - len(part) + 1) if whole[i : i + len(part)] == part), 0)
 
 
 def _content(token: Any) -> str | None:
