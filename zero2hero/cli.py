@@ -169,6 +169,17 @@ VERBS = {
         ),
         ("adapter",),
     ),
+    "data inspect": Verb(
+        "Say what a file of training data holds, what of it would be trained, and what looks wrong.",
+        "zero2hero.options:DataInspectConfig",
+        "zero2hero.data.inspect:inspect",
+        (
+            "zero2hero data inspect chats.jsonl",
+            "zero2hero data inspect chats.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 2048",
+            "zero2hero data inspect alpaca.json --model runs/quickstart --chat_template chatml --samples 10",
+        ),
+        ("data",),
+    ),
     "tokenizer train": Verb(
         "Train a tokenizer on text and save it.",
         "zero2hero.options:TokenizerTrainConfig",

@@ -140,6 +140,22 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class DataInspectConfig:
+    """`zero2hero data inspect FILE`."""
+
+    data: str | list[str]  # files, folders or hub data sets
+    model: str | None = None  # whose tokenizer and chat template to use; without it, a tokenizer trained on the data
+    chat_template: str | None = None  # a built-in one by name, or a .jinja file; the model's own by default
+    max_length: int = 1024  # of the training that is planned, in tokens
+    samples: int = 3  # records to show
+    split: str = "train"  # of a hub data set
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "max_length")
+        at_least(self, 0, "samples")
+
+
+@dataclass(frozen=True)
 class TokenizerTrainConfig:
     """`zero2hero tokenizer train`."""
 

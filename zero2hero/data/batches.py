@@ -36,6 +36,8 @@ IGNORE = -100  # the target that is not trained on; torch's own default ignore_i
 class Batch:
     """Rows of packed documents; every array is int64 [B, T], numpy or (after `to`) torch.
 
+    `weights_BT`, fp32, says how much each target counts; None, the usual case, is 1 for all.
+
     `records`: for each row, what its documents are called (here their numbers in the corpus, one for each token), for
     a person who wants to know what a step was made of. It is not for the model, and stays as it is.
     """
@@ -45,12 +47,13 @@ class Batch:
     positions_BT: Any
     document_ids_BT: Any
     records: Any = None
+    weights_BT: Any = None
 
     def to(self, device: Any) -> Batch:
         """The same batch as torch tensors on `device`."""
         import torch
 
-        arrays = {name: value for name, value in vars(self).items() if name.endswith("_BT")}
+        arrays = {name: value for name, value in vars(self).items() if name.endswith("_BT") and value is not None}
         moved = {name: torch.as_tensor(value).to(device, non_blocking=True) for name, value in arrays.items()}
         return replace(self, **moved)
 
@@ -65,7 +68,7 @@ class Batch:
         return bool((self.document_ids_BT[:, -1] > 0).any())
 
 
-def _layout(inputs_start_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def layout(inputs_start_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(positions, document ids) [B, T], given where documents start; a row always begins with number 0."""
     starts = inputs_start_BT.copy()
     starts[:, 0] = False
@@ -84,7 +87,7 @@ def batch_of_rows(tokens: np.ndarray, starts: np.ndarray, document_mask: bool = 
         records: see `Batch`.
     """
     targets = np.where(starts[:, 1:], IGNORE, tokens[:, 1:])
-    positions, document_ids = _layout(starts[:, :-1] & document_mask)
+    positions, document_ids = layout(starts[:, :-1] & document_mask)
     return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, positions, document_ids, records)
 
 
@@ -257,7 +260,7 @@ class EvaluationWindows:
             ids[row, column : column + length] = tokens[:-1]
             targets[row, column : column + length] = tokens[1:]
             starts[row, column] = True
-        return Batch(ids, targets, *_layout(starts))
+        return Batch(ids, targets, *layout(starts))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

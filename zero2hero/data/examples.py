@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from zero2hero.data.conversations import Record
+from zero2hero.data.conversations import Record, Turns
 from zero2hero.data.messages import Messages
 from zero2hero.errors import UserError
 from zero2hero.tokenizer import Tokenizer
@@ -155,6 +155,54 @@ def encode_record(
             f"{record.where}: no token of this record would be trained: no turn of the assistant has a weight."
         )
     return example
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers to it; int64 [P], [C] and [R]."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    number: int = 0
+
+
+def encode_pair(record: Record, tokenizer: Tokenizer, max_length: int | None = None) -> Pair:
+    """The tokens of a preference record, as TRL cuts them (DPOTrainer.tokenize_row).
+
+    The prompt is what the template shows with a generation prompt, an answer what the whole conversation has more.
+    Texts get the end-of-text token behind the answer. `max_length` is that of prompt and answer together.
+
+    Raises:
+        UserError: another kind of record; tokens of the prompt that change when the answer follows; nothing of an
+            answer left within `max_length`.
+    """
+    if record.kind != "preference":
+        raise UserError(f"{record.where}: this record ({record.shape}) has no chosen and rejected answer.")
+    try:
+        prompt = _ids(record.prompt, [], record, tokenizer)
+        answers = []
+        for name, answer in (("chosen", record.chosen), ("rejected", record.rejected)):
+            whole = _ids(record.prompt, answer, record, tokenizer)
+            if whole[: len(prompt)] != prompt:
+                raise UserError(f"the tokens of the prompt change when the {name} answer follows it")
+            if len(prompt) >= len(whole[:max_length]):
+                raise UserError(f"nothing of the {name} answer is left within max_length {max_length}; raise it")
+            answers.append(np.array(whole[len(prompt) : max_length], dtype=np.int64))
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None
+    return Pair(np.array(prompt, dtype=np.int64), answers[0], answers[1], record.number)
+
+
+def _ids(prompt: Turns, answer: Turns, record: Record, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, list):
+        more: dict[str, Any] = {} if record.tools is None else {"tools": record.tools}
+        messages = [{k: v for k, v in message.items() if k != "weight"} for message in [*prompt, *answer]]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, **more)
+    text, end = f"{prompt}{answer or ''}", tokenizer.eos_token_id
+    begins = tokenizer.special_token("bos_token")
+    ids = tokenizer.encode(text, add_special_tokens=begins is None or not text.startswith(begins))
+    return [*ids, end] if answer and end is not None and ids[-1] != end else ids
 
 
 def _conversation(

@@ -84,19 +84,23 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _NLLSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor | None, label_smoothing: float
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         minus_ones = hidden.new_full((len(targets),), -1.0, dtype=torch.float32)
+        grads = minus_ones if counts is None else -counts
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for c in _chunks(len(targets), len(weight)):
-            logprobs, gradient = _scores(hidden[c], weight, targets[c], grad=minus_ones[c])
+            logprobs, gradient = _scores(hidden[c], weight, targets[c], grad=grads[c])
             assert gradient is not None
-            total -= logprobs.sum()
+            total -= (logprobs if counts is None else logprobs * counts[c]).sum()
             torch.mm(gradient, weight, out=grad_hidden[c])
             _accumulate(grad_weight, gradient, hidden[c])
         if label_smoothing:
-            total += label_smoothing * _smoothing(hidden, weight, targets, grad_hidden, grad_weight, label_smoothing)
+            grads_so_far = (grad_hidden, grad_weight, label_smoothing)
+            total += label_smoothing * _smoothing(hidden, weight, targets, counts, *grads_so_far)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
         return total
@@ -106,27 +110,31 @@ class _NLLSum(torch.autograd.Function):
         grad_hidden, *grad_weight = ctx.saved_tensors
         factor = float(grad)  # as a tensor of fp16, a large loss scale would be infinite
         scaled = [g * factor if factor != 1.0 else g for g in (grad_hidden, *grad_weight)]
-        return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None, None
+        return scaled[0], scaled[1].to(ctx.weight_dtype) if grad_weight else None, None, None, None
 
 
 def _smoothing(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    counts: Tensor | None,
     grad_hidden: Tensor | None = None,
     grad_weight: Tensor | None = None,
     factor: float = 0.0,
 ) -> Tensor:
-    """The sum of h (w_target - w_mean): how far the targets' logits are above the mean of all logits.
+    """The sum of h (w_target - w_mean), each times its count: how far the targets' logits are above the mean of all.
 
     `factor` times its gradients is added to what is given.
     """
     ahead = weight[targets] - weight.mean(0, dtype=torch.float32)
+    if counts is not None:
+        ahead *= counts[:, None]
     if grad_hidden is not None:
         grad_hidden += factor * ahead
     if grad_weight is not None:
-        grad_weight.index_add_(0, targets, hidden.float(), alpha=factor)
-        grad_weight -= hidden.sum(0, dtype=torch.float32) * (factor / len(weight))
+        counted = hidden.float() if counts is None else hidden.float() * counts[:, None]
+        grad_weight.index_add_(0, targets, counted, alpha=factor)
+        grad_weight -= counted.sum(0) * (factor / len(weight))
     return ahead.mul_(hidden).sum()
 
 
@@ -166,18 +174,29 @@ def token_logprobs(hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, temper
     return flat.masked_scatter(keep, logprobs).view(targets.shape)
 
 
-def nll_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def nll_sum(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The summed negative log-likelihood in nats, and how many targets it sums over. Both scalars.
 
-    Equal to `-token_logprobs(...).sum()`, a quarter cheaper to train with.
+    Equal to `-token_logprobs(...).sum()`, a quarter cheaper to train with. `counts`, of the targets' shape, says how
+    often each target counts (None: once); the second scalar is then the sum of the counts.
 
     `label_smoothing` e (Szegedy et al. 2015, arXiv 1512.00567) takes e of the target's share and spreads it over the
     vocabulary, so that the model does not grow ever more certain. What it adds, e (z_target - mean of z), is linear
     in the logits z: it needs one row of the head for each token, and no logits.
     """
-    hidden, targets, _ = _with_targets(hidden, targets)
-    count = torch.tensor(float(len(targets)), device=targets.device)
+    hidden, targets, keep = _with_targets(hidden, targets)
+    if counts is not None:
+        counts = counts.reshape(-1).float()
+        counts = counts if keep is None else counts[keep]
+    count = torch.tensor(float(len(targets)), device=targets.device) if counts is None else counts.sum()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad):
-        return _NLLSum.apply(hidden, weight_VD, targets, label_smoothing), count
-    total = -_TokenLogprobs.apply(hidden, weight_VD, targets, 1.0).sum()
-    return total + label_smoothing * _smoothing(hidden, weight_VD, targets) if label_smoothing else total, count
+        return _NLLSum.apply(hidden, weight_VD, targets, counts, label_smoothing), count
+    logprobs = _TokenLogprobs.apply(hidden, weight_VD, targets, 1.0)
+    total = -(logprobs.sum() if counts is None else logprobs @ counts)
+    return total + label_smoothing * _smoothing(hidden, weight_VD, targets, counts) if label_smoothing else total, count

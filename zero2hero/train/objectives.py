@@ -35,12 +35,14 @@ Objective = Callable[[nn.Module, Any], Loss]
 def causal_lm(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Loss:
     """Predict each next token (Bengio et al. 2003; Radford et al. 2018): the negative log-likelihood in nats.
 
-    `batch`: ids_BT, targets_BT (-100 for none), positions_BT, document_ids_BT (or None: one document a row).
+    `batch`: ids_BT, targets_BT (-100 for none), positions_BT, document_ids_BT (or None: one document a row), weights_BT
+    (or None: every target counts once).
     `label_smoothing`: see `nll_sum`.
     """
     positions = batch.positions_BT if batch.document_ids_BT is not None else None
     hidden = model(batch.ids_BT, positions=positions, document_ids=batch.document_ids_BT)
-    total, count = nll_sum(hidden, model.head_weight, batch.targets_BT, label_smoothing)  # type: ignore[arg-type]
+    weights = getattr(batch, "weights_BT", None)
+    total, count = nll_sum(hidden, model.head_weight, batch.targets_BT, label_smoothing, weights)  # type: ignore[arg-type]
     return Loss(total, count)
 
 
