@@ -66,18 +66,16 @@ def read_documents(path: Path, text_column: str | None, bad: BadRecords) -> Iter
 
 
 def read_rows(path: Path, text_column: str | None, bad: BadRecords) -> Iterator[Row]:
-    """Every record of the file at `path` as it is there; of plain text, every document."""
+    """Every record of the file at `path` as it is there; of plain text, every document.
+
+    A `text_column` that is a number says that a table has no header line: its columns are called 1, 2, 3, ...
+    """
     if file_format(path) == ".parquet":
         yield from _parquet_rows(path)
         return
     reader = _ROW_READERS.get(file_format(path))
     with _opened(path) as stream:
         yield from _plain_text(path, stream) if reader is None else reader(path, stream, text_column, bad)
-
-
-def read_records(path: Path, header: bool, bad: BadRecords) -> Iterator[Row]:
-    """Every record of a file of records. Without a `header` line the columns of a table are called 1, 2, 3, ..."""
-    return read_rows(path, None if header else "1", bad)
 
 
 def read_lines(path: Path) -> Iterator[str]:

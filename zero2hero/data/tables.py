@@ -140,7 +140,7 @@ def _rows(spec: str, split: str, seed: int, header: bool, bad: BadRecords) -> It
         if files.file_format(path) not in _TABLES:
             raise UserError(f"{spec} is no file of records ({', '.join(_TABLES)}, also .gz). Two text files whose "
                             "lines belong together are given as '[one, other]'.")  # fmt: skip
-        yield from files.read_records(path, header, bad)
+        yield from files.read_rows(path, None if header else "1", bad)
     elif made := _world(spec):
         count = int(spec.partition(":")[2] or WORLD_RECORDS)
         count = count if split == "train" else min(WORLD_VALIDATION, max(1, count // 10))
