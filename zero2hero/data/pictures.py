@@ -124,7 +124,7 @@ def _rows(path: Path, image_column: str | None, bad: BadRecords) -> Iterator[Row
 
 
 def _records(path: Path, image_column: str | None, bad: BadRecords) -> Iterator[Row]:
-    for row, where in files.read_records(path, True, bad):
+    for row, where in files.read_rows(path, None, bad):
         if isinstance(row, list) and len(row) == len(_UNNAMED):
             row = dict(zip(_UNNAMED, row))
         if not isinstance(row, dict):
