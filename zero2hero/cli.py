@@ -116,6 +116,18 @@ VERBS = {
             "--language_model runs/quickstart --trained projector",
         ),
     ),
+    "sft": Verb(
+        "Teach a model by demonstrations: conversations, completions, texts. LoRA, QLoRA, or every weight.",
+        "zero2hero.tuning_configs:SftConfig",
+        "zero2hero.train.sft:sft",
+        (
+            "zero2hero sft --model runs/quickstart --data chats.jsonl --output_dir runs/mine",
+            "zero2hero sft --model Qwen/Qwen3-0.6B --data chats.jsonl --lora.r 32 --train.learning_rate 1e-4",
+            "zero2hero sft --model meta-llama/Llama-3.1-8B --data chats.jsonl --method qlora "
+            "--train.gradient_checkpointing",
+            "zero2hero sft --model runs/quickstart --data dialogues:6000 --method full --train.learning_rate 1e-3",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",

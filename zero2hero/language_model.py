@@ -259,11 +259,11 @@ class Parts:
 
     directory: Path
     model: nn.Module
-    adapter: Path | None = None  # the folder of the adapter on the model; a tokenizer there comes first
+    adapter: Path | None = None  # the folder of the adapter on the model; what lies beside it there comes first
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        own = self.adapter if self.adapter and any(self.adapter.glob("tokenizer*")) else self.directory
+        own = self._folder_with("tokenizer*")
         tokenizer, config = Tokenizer.from_pretrained(own), cast(Any, self.model.config)
         known: int = getattr(config, "text_config", config).vocab_size
         if tokenizer.vocab_size > known:
@@ -284,8 +284,11 @@ class Parts:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        path = self.directory / "generation_config.json"
+        path = self._folder_with("generation_config.json") / "generation_config.json"
         return read_json(path) if path.exists() else {}
+
+    def _folder_with(self, pattern: str) -> Path:
+        return self.adapter if self.adapter and any(self.adapter.glob(pattern)) else self.directory
 
 
 def torch_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -328,7 +331,7 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
         try:
             save_pretrained(lm.model, staged)
             lm.tokenizer.save_pretrained(staged, model_max_length=lm.model.config.max_position_embeddings)
-            atomic_write(staged / "generation_config.json", json.dumps(_generation_config(lm), indent=2) + "\n")
+            atomic_write(staged / "generation_config.json", json.dumps(generation_config(lm), indent=2) + "\n")
             if not (directory / "README.md").exists():
                 atomic_write(staged / "README.md", model_card(lm, directory.resolve().name))
             files = sorted(staged.iterdir())
@@ -340,7 +343,7 @@ def save(lm: LanguageModel, directory: str | Path) -> None:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def _generation_config(lm: LanguageModel) -> dict[str, Any]:
+def generation_config(lm: LanguageModel) -> dict[str, Any]:
     """The contents of generation_config.json: what was loaded, and the tokens that begin and end a text."""
     ids = {name: getattr(lm.model.config, name) for name in _TOKEN_IDS}
     ids = {name: i if i is not None else getattr(lm.tokenizer, name) for name, i in ids.items()}

@@ -55,15 +55,16 @@ class QuickstartConfig:
     """`zero2hero quickstart`: the whole road in minutes, on built-in text."""
 
     output_dir: str = "runs/quickstart"
-    stories: int = 40_000  # built-in stories to learn from
-    steps: int = 1120  # optimizer steps
+    stories: int = 60_000  # built-in stories to learn from
+    steps: int = 1120  # optimizer steps of pretraining
+    chat_steps: int = 900  # of instruction tuning
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
     force: bool = False  # train anew although output_dir already holds a finished run
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps")
+        at_least(self, 1, "steps", "chat_steps")
         at_least(self, 100, "stories")
         one_of(self, "precision", PRECISIONS)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from zero2hero.data import files
 from zero2hero.data.files import BadRecords, Document, Row
@@ -173,11 +173,12 @@ def _from_world(name: str, count: int, split: str, seed: int) -> Source:
         # a changed generator shows in its first documents
         sample = [made.document(index, split) for index in range(min(count, 16))]
         key = json.dumps([name, split, count, seed, sample])
-        return Source(
-            f"{name}:{count}",
-            _sha256(key),
-            lambda: ((made.document(index, split), f"{name} ({split}) {index}") for index in range(count)),
-        )
+
+        def each(make: Callable[[int, str], Any]) -> Iterator[Any]:
+            return ((make(index, split), f"{name} ({split}) {index}") for index in range(count))
+
+        records = getattr(made, "record", made.document)  # a text, of a world without columns
+        return Source(f"{name}:{count}", _sha256(key), lambda: each(made.document), find_rows=lambda: each(records))
 
     source = documents(split, count)
     if split != "train":

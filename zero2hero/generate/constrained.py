@@ -2,8 +2,8 @@
 
 Before each token, every token of the vocabulary that would leave the form is forbidden (Willard and Louf 2023, arXiv
 2307.09702). Which these are, `llguidance` computes: a parser for the grammar walks the vocabulary as a tree of bytes,
-so a token may hold the end of one part of the form and the beginning of the next. The end-of-text token is allowed where
-the text is complete; a text that max_new_tokens cuts off is not.
+so a token may hold the end of one part of the form and the beginning of the next. The end-of-text token is allowed
+where the text is complete; a text that max_new_tokens cuts off is not.
 
     form = Constraint.json_schema(lm, {"type": "object", "properties": {"age": {"type": "integer"}}})
     engine.submit(Request(ids, SamplingParams(constraint=form)))

@@ -150,7 +150,7 @@ class Trainer:
             if self.state.step == 0:
                 _seed_everything(self.config.seed)
             if self.state.step == 0 and self.sample:
-                self._outside_training(lambda: self.sample(0))  # type: ignore[misc]
+                self.outside_training(lambda: self.sample(0))  # type: ignore[misc]
             while self.state.step < self.total_steps and not self._out_of_patience():
                 started, before = time.perf_counter(), self.state.step
                 self.step()
@@ -165,7 +165,7 @@ class Trainer:
                 if evaluated:
                     self._evaluate()
                 if self.sample and (step % self.sample_steps == 0 or last):
-                    self._outside_training(lambda: self.sample(self.state.step))  # type: ignore[misc]
+                    self.outside_training(lambda: self.sample(self.state.step))  # type: ignore[misc]
                 due = step % self.save_steps == 0 or last or stop or (evaluated and self.keep_best > 0)
                 if self.output_dir and due:
                     self.save(self.metrics["eval_loss"] if evaluated else None)
@@ -288,7 +288,7 @@ class Trainer:
 
     # --- now and then ---------------------------------------------------------------------------------------
 
-    def _outside_training(self, work: Callable[[], Any]) -> Any:
+    def outside_training(self, work: Callable[[], Any]) -> Any:
         """Run in evaluation mode without gradients; the random state of training is not touched."""
         self.model.eval()
         before = random_state()
@@ -300,7 +300,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
-        found = self._outside_training(self.evaluate)
+        found = self.outside_training(self.evaluate)
         self.metrics |= found
         loss, state = found["eval_loss"], self.state
         if loss < state.best_eval_loss:

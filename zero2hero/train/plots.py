@@ -128,21 +128,29 @@ def gap_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | 
     return small_figure("Training and held-out loss", curves, (theme.train, theme.evaluation), theme)
 
 
+def scores_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """How much of what is held out the model gets right."""
+    curves = {name: series(rows, f"eval_{name}") for name in ("exact_match", "accuracy")}
+    shown = {name.replace("_", " "): (steps, values) for name, (steps, values) in curves.items()}
+    return small_figure("Held-out answers that are right", shown, (theme.evaluation, theme.train), theme, shares=True)
+
+
 def small_figure(
     title: str,
     curves: Mapping[str, tuple[Floats, Floats]],
     colours: Sequence[str],
     theme: Theme,
     line: float | None = None,
+    shares: bool = False,
 ) -> Figure | None:
-    """Curves over steps, for a third of the page: logarithmic, labelled at their ends; `line` is dashed."""
+    """Curves over steps, for a third of the page: logarithmic (or shares), labelled at their ends; `line` is dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 2.7), layout="constrained")
     axes = figure.subplots()
     labels: list[tuple[float, str, str]] = []
     for (name, (steps, values)), colour in zip(curves.items(), colours):
-        steps, values = steps[values > 0], values[values > 0]
+        steps, values = (steps, values) if shares else (steps[values > 0], values[values > 0])
         if len(values):
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(values) < 3 else None)
             labels.append((float(values[-1]), name, colour))
@@ -150,8 +158,12 @@ def small_figure(
         return None
     if line:
         axes.axhline(line, color=theme.quiet, linewidth=1, linestyle=(0, (5, 4)))
-    axes.set_yscale("log")
-    _log_ticks(axes)
+    if shares:
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    else:
+        axes.set_yscale("log")
+        _log_ticks(axes)
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", integer=True, nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
@@ -163,7 +175,7 @@ def small_figure(
 
 
 # file name in plots/ (without .png) -> function of (metrics, config.json, theme)
-FIGURES: dict[str, Draw] = {"loss": loss_figure}
+FIGURES: dict[str, Draw] = {"loss": loss_figure, "scores": scores_figure}
 HEALTH: dict[str, Draw] = {
     "gradient_norm": gradient_figure,
     "update_ratio": update_figure,

@@ -130,6 +130,10 @@ def outcome(run: Run) -> str:
     if (baseline := run.last("ngram_nll")) is not None:
         order = run.last("ngram_order") or "n"
         text += f"; a {order}-gram model of the same text reaches {baseline:.3f}"
+    if found := run.values("eval_exact_match"):
+        text += f"; {found[-1]:.0%} of held-out answers are right word for word, {found[0]:.0%} before"
+    if kept := run.values("eval_retain_loss"):
+        text += f"; on the text of before, the loss went from {kept[0]:.3f} to {kept[-1]:.3f}"
     best = min((value for value in run.values("eval_loss") if math.isfinite(value)), default=loss)
     if best < loss - 0.001:
         text += f"; the best on the way was {best:.3f}"

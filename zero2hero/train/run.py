@@ -158,7 +158,7 @@ def _train(config: RunConfig, task: Task, place: Place, free: float) -> nn.Modul
             trainer.evaluate = task.evaluate and average.around(trainer, task.evaluate)
             if tracker is not None and not resumed:
                 tracker.record(0, machine=describe_machine())
-                tracker.log(0, task.baseline())
+                tracker.log(0, trainer.outside_training(task.baseline))
             planned = None if trainer.masters.divided else task.planned  # the plan is for one device
             if planned and (words := warning(planned, free)):
                 progress.print(words)

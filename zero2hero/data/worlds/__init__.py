@@ -5,7 +5,8 @@
 
 A world is a pure function from (seed, split, index) to a document, so it needs no download, no storage and no
 order: any process can make any document. `stories` and `sums` know the answers to questions about their text;
-`sentiment`, `names`, `questions`, `translation` and `reversal` give records with their labels and answers (`record`);
+`dialogues` (conversations that ask them), `sentiment`, `names`, `questions`, `translation` and `reversal` give records
+with their answers and labels (`record`);
 `markov`, `induction` and `palindromes` know the best loss that any model can reach on them.
 """
 
@@ -32,6 +33,7 @@ WORLDS = {
     "scenes": ("zero2hero.data.worlds.scenes", "Scenes"),
     "shapes": ("zero2hero.data.worlds.scenes", "Shapes"),
     "digits": ("zero2hero.data.worlds.digits", "Digits"),
+    "dialogues": ("zero2hero.data.worlds.dialogues", "Dialogues"),
     "markov": ("zero2hero.data.worlds.symbolic", "MarkovChain"),
     "induction": ("zero2hero.data.worlds.symbolic", "Induction"),
     "palindromes": ("zero2hero.data.worlds.symbolic", "Palindromes"),

@@ -1,0 +1,94 @@
+"""Questions and answers: conversations about a story or its beginning, and sums worked step by step.
+
+    dialogue(0)[0].question    # a story, and a question about it
+    dialogue(0)[1].question    # the next question about the same story
+    dialogue(0)[1].check("By the river.")
+
+Each answer is known exactly. Instruction tuning on built-in data learns from these, and what the tuned model answers is
+checked by them. A dialogue's split is that of its story or sum, so held-out dialogues are about plots and calculations
+that are never trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from zero2hero.data.worlds.base import BaseWorld, document_rng
+from zero2hero.data.worlds.stories import Question, Story, story
+from zero2hero.data.worlds.stories.questions import questions_of
+from zero2hero.data.worlds.sums import Problem, problem
+
+QUESTIONS_PER_STORY = 4
+SHORTEST = 120  # characters of a story's beginning
+SUMS = 3  # one dialogue in this many is a sum
+SUM_LEVELS = (1, 2)  # see worlds/sums.py
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as the user writes it, the answer to it, and what kind it is: who, where, yesno, ..., sum."""
+
+    question: str
+    answer: str
+    kind: str
+    problem: Problem | None = None  # of a sum
+
+    def check(self, text: str) -> bool:
+        """Is `text` the right answer? Of a sum, the number counts; else all words, in whatever case."""
+        if self.problem is not None:
+            return self.problem.check(text)
+        return _bare(text) == _bare(self.answer)
+
+
+def _bare(text: str) -> str:
+    return text.strip().rstrip(".!").lower()
+
+
+def dialogue(index: int, split: str = "train", seed: int = 0) -> list[Turn]:
+    """Dialogue number `index` of a split, a pure function of its arguments.
+
+    Raises UserError for an unknown split or a negative index.
+    """
+    rng = document_rng("dialogues", seed, split, index)
+    if index % SUMS == SUMS - 1:
+        sum_ = problem(index, split, seed, level=rng.choice(SUM_LEVELS))
+        return [Turn(sum_.question, sum_.text.partition("\n")[2], "sum", sum_)]
+    told = story(index, split, seed)
+    text, asked = _beginning(told, rng)
+    kinds = sorted({question.kind for question in asked})  # each kind is as likely as another: yes and no abound
+    turns: list[Turn] = []
+    for kind in rng.sample(kinds, min(QUESTIONS_PER_STORY, len(kinds))):
+        question = rng.choice([question for question in asked if question.kind == kind])
+        begin = "" if turns else f"{text}\n\n"
+        turns.append(Turn(begin + question.question, question.answer, kind))
+    return turns
+
+
+def _beginning(told: Story, rng: random.Random) -> tuple[str, list[Question]]:
+    """A story up to some point, as likely early as late, and what can be asked about so much of it."""
+    ends = sorted({fact.at for fact in told.facts if fact.at >= SHORTEST} | {len(told.text)})
+    end = rng.choice(ends)
+    asked = questions_of([fact for fact in told.facts if fact.at < end], told.text[:end])
+    whole = end == len(told.text)
+    return told.text[:end].rstrip(), [q for q in asked if whole or not q.question.endswith("at the end?")]
+
+
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """The dialogue as chat messages."""
+    pairs = [(("user", turn.question), ("assistant", turn.answer)) for turn in turns]
+    return [{"role": role, "content": content} for pair in pairs for role, content in pair]
+
+
+class Dialogues(BaseWorld):
+    """The world of dialogues: a document is one as plain text, a record the same as messages."""
+
+    name = "dialogues"
+
+    def document(self, index: int, split: str = "train") -> str:
+        return "\n".join(message["content"] for message in messages(dialogue(index, split, self.seed)))
+
+    def record(self, index: int, split: str = "train") -> dict[str, Any]:
+        """Dialogue number `index` in the form that fine-tuning reads."""
+        return {"messages": messages(dialogue(index, split, self.seed))}
