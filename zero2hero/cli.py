@@ -139,6 +139,17 @@ VERBS = {
         ),
         ("model", "prompt"),
     ),
+    "chat": Verb(
+        "Talk with a model on the terminal.",
+        "zero2hero.options:ChatConfig",
+        "zero2hero.generate.chat:run",
+        (
+            "zero2hero chat runs/quickstart_chat",
+            'zero2hero chat runs/assistant --system "You answer in one sentence." --temperature 0.3',
+            "zero2hero chat Qwen/Qwen3-0.6B --adapter runs/adapter",
+        ),
+        ("model",),
+    ),
     "run-pipeline": Verb(
         "Let a model do a task: classify, fill in, find names, answer, translate, ...",
         "zero2hero.options:RunPipelineConfig",

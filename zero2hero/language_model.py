@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.fetch import find_folder
-from zero2hero.generate.decode import generate_tokens
+from zero2hero.generate.decode import events
 from zero2hero.generate.sampling import SamplingConfig
-from zero2hero.generate.text_stream import TextStream
 from zero2hero.io import atomic_write, fsync_path, saving
 from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other_weights, save_pretrained
 from zero2hero.models.decoder import Decoder, DecoderConfig
@@ -209,22 +208,7 @@ class LanguageModel:
         self, prompts: Sequence[Sequence[int]], config: SamplingConfig, embeddings: Sequence[Tensor] | None = None
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is made."""
-        # a stop string that is a special token never shows up as text
-        special = {self.tokenizer.token_to_id(stop) for stop in config.stop} & self.tokenizer.all_special_ids
-        eos_ids = self.eos_ids | {i for i in special if i is not None}
-        texts = [
-            TextStream(self.tokenizer, p, config.stop) for p in prompts for _ in range(config.num_return_sequences)
-        ]
-        ready = [""] * len(texts)
-
-        def stopped(row: int, token_id: int) -> bool:
-            ready[row] = texts[row].push(token_id)
-            return texts[row].stopped
-
-        for token in generate_tokens(self.model, prompts, config, eos_ids, stopped, embeddings):
-            yield token.row, "" if token.id in eos_ids else ready[token.row]
-            if token.finish_reason:
-                yield token.row, texts[token.row].finish()
+        return ((row, event.text) for event, row in events(self, prompts, config, embeddings))
 
 
 def _print_piece(piece: str) -> None:

@@ -89,6 +89,24 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """`zero2hero chat MODEL`."""
+
+    model: str  # a run, a Hugging Face directory, or a hub id, with a chat template
+    system: str = ""  # the system's message
+    adapter: str | None = None  # the folder of an adapter that the model wears
+    max_new_tokens: int = 512
+    temperature: float = 0.8  # 0 always takes the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # the same seed gives the same answers; by default new ones each time
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """`zero2hero convert IN OUT`."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from test_generation import SHAPES, greedy_without_cache, ragged_prompts, random
 
 from zero2hero.errors import UserError
 from zero2hero.generate.engine import Engine, QueueFull, Request, SamplingParams
+from zero2hero.generate.native_reader import NativeReader
+from zero2hero.generate.speculative import DraftModel, PromptLookup
 from zero2hero.language_model import LanguageModel
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.tune import LoraConfig, add_lora, set_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,6 +250,21 @@ def test_too_much_is_refused(model, tokenizer):
     engine.submit(Request([3], settings()))
 
 
+def test_settings_that_leave_nothing_harm_nobody(model, tokenizer):
+    """Extreme settings of one request must not end the others with "the logits are not numbers"."""
+    everything = tuple((i,) for i in range(300))
+    wild = [
+        {"bad_words_ids": everything}, {"stop_token_ids": tuple(range(300)), "min_new_tokens": 5},
+        {"temperature": 1e-40}, {"temperature": 1e4}, {"top_p": 0.0, "min_p": 1.0, "top_k": 1},
+        {"repetition_penalty": 0.01, "temperature": 1e-4}, {"logit_bias": dict.fromkeys(range(300), -1e4)},
+        {"frequency_penalty": 1e4, "presence_penalty": -1e4}, {"top_k": 10**30},
+    ]  # fmt: skip
+    calm = Request([3, 4], settings())
+    sequences = engine_of(model, tokenizer).run([*(Request([3, 4], settings(**w)) for w in wild), calm])
+    assert all(s.finish_reason in ("stop", "length") for s in sequences)
+    assert sequences[-1].output_ids == engine_of(model, tokenizer).run([calm])[0].output_ids
+
+
 def test_weights_that_are_no_numbers(tokenizer):
     model = random_model()
     with torch.no_grad():
@@ -277,3 +297,114 @@ def test_streamed_text_has_whole_characters_and_no_part_of_a_stop_string(tokeniz
     events = events_of(Engine(scripted(tokenizer, ids)), Request([0], settings(temperature=0, stop=("at s",))))
     assert [e.text for e in events] == ["t", "h", "e", " ", "c", "", "", "", ""]
     assert events[-1].finish_reason == "stop"
+
+
+# ---------------------------------------------------------------- guessing ahead
+
+
+def repetitive(count: int) -> list[Request]:
+    """Prompts that copy themselves, so that there is something to look up."""
+    numbers = random.Random(3)
+    requests = []
+    for i in range(count):
+        run = [numbers.randrange(3, 60) for _ in range(6)]
+        requests.append(Request(run * 3, settings(i, temperature=[0, 0.3, 1.0][i % 3], max_new_tokens=25)))
+    return requests
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "window", "gemma2"])
+@pytest.mark.parametrize("kind", ["lookup", "model", "the model itself"])
+def test_guessing_ahead_changes_no_token(shape, kind, tokenizer):
+    model, requests = random_model(**SHAPES[shape]), repetitive(6)
+    drafter = PromptLookup() if kind == "lookup" else DraftModel(random_model(1) if kind == "model" else model)
+    engine = engine_of(model, tokenizer, drafter=drafter, max_batch_size=4)
+    plain = [(s.output_ids, s.finish_reason) for s in engine_of(model, tokenizer).run(requests)]
+    assert [(s.output_ids, s.finish_reason) for s in engine.run(requests)] == plain
+    counters = engine.counters
+    assert 0 < counters["drafted_tokens"] >= counters["kept_tokens"]
+    assert counters["generated_tokens"] == 6 * 25
+    assert counters["cached_tokens"] == 0
+    if kind == "the model itself":
+        assert counters["kept_tokens"] == counters["drafted_tokens"]
+        assert counters["steps"] < 60
+
+
+def test_guesses_that_are_drawn_have_the_models_distribution(tokenizer):
+    """Chi-square over many seeds, of the second and third token, with a drafter that is often right and often wrong."""
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small.lm_head.weight.add_(0.05 * random_model(1).lm_head.weight)
+    prompt = [5, 6, 7, 5, 6]
+    engine = engine_of(model, tokenizer, drafter=DraftModel(small, num_tokens=3), max_batch_size=8)
+    params = {"top_k": 4, "max_new_tokens": 3, "temperature": 1.0}
+    count = 800
+    texts = [tuple(s.output_ids) for s in engine.run(Request(prompt, settings(i, **params)) for i in range(count))]
+    assert 0.05 < engine.counters["kept_tokens"] / engine.counters["drafted_tokens"] < 0.95
+
+    def following(ids):
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([ids]))[0, -1])
+        top = logits.topk(4)
+        return dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist()))
+
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        expected = {(*text, i): p * q for text, p in expected.items() for i, q in following([*prompt, *text]).items()}
+    found = Counter(texts)
+    assert set(found) <= set(expected)
+    large = {text: p for text, p in expected.items() if p * count >= 5}
+    rest = 1 - sum(large.values())
+    chi = sum((found[text] - p * count) ** 2 / (p * count) for text, p in large.items())
+    chi += (count - sum(found[text] for text in large) - rest * count) ** 2 / (rest * count) if rest * count > 5 else 0
+    degrees = len(large)
+    assert chi < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations
+    assert degrees > 8
+
+
+def test_lookup_gives_up_where_nothing_repeats(tokenizer):
+    model = random_model(vocab_size=300, max_position_embeddings=400)
+    engine = engine_of(model, tokenizer, drafter=PromptLookup(min_ngram=1))
+    engine.run([Request([5, 5, 6, 5], settings(temperature=3.0, max_new_tokens=300))])
+    assert engine.counters["drafted_tokens"] < 150
+    with pytest.raises(UserError):
+        PromptLookup(max_ngram=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_reader_gives_the_same_bits_in_any_batch(dtype, tokenizer, bf16):
+    model = random_model(hidden_size=40, intermediate_size=88, num_hidden_layers=3, sliding_window=20).to(dtype)
+    if not NativeReader.fits(model):
+        pytest.skip("no C compiler")
+    requests = [Request(p, settings(i, max_new_tokens=20)) for i, p in enumerate(ragged_prompts(9, seed=8))]
+    together = engine_of(model, tokenizer).run(requests)
+    for request, sequence in zip(requests, together):
+        alone = engine_of(model, tokenizer, prefill_chunk=3).run([request])[0]
+        assert alone.output_ids == sequence.output_ids
+        assert alone.behaviour_logprobs == sequence.behaviour_logprobs  # to the bit
+
+
+def test_adapters_in_one_batch(tokenizer):
+    model = random_model()
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    for seed, name in enumerate(("one", "two")):
+        add_lora(model, config, name, seed=seed)
+    with torch.no_grad():
+        for seed, (name, p) in enumerate(model.named_parameters()):
+            if ".adapters." in name:
+                p.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(seed))
+    set_adapter(model, None)
+    prompts, names = ragged_prompts(6, seed=4), [None, "one", "two"] * 2
+    prompts[3:] = prompts[:3] = [prompts[0] * 3] * 3
+    engine = engine_of(model, tokenizer)
+    texts = [s.output_ids for s in engine.run(Request(p, GREEDY, adapter=n) for p, n in zip(prompts, names))]
+    expected = []
+    for name in names[:3]:
+        set_adapter(model, name)
+        expected.append(greedy_without_cache(model, prompts[0], 12))
+    assert texts == expected * 2
+    assert len({tuple(text) for text in expected}) == 3
+    with pytest.raises(UserError, match="Did you mean 'one'"):
+        engine.submit(Request([3], GREEDY, adapter="ome"))

@@ -15,7 +15,8 @@ from zero2hero.config import DecoderConfig, MoEConfig
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
 from zero2hero.generate.decode import generate_tokens
-from zero2hero.generate.fast import NativeStep, PlainDecoder, PreparedDecoder, prepare
+from zero2hero.generate.fast import PlainDecoder, PreparedDecoder, prepare
+from zero2hero.generate.native_reader import NativeReader
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.language_model import LanguageModel, load, save
 from zero2hero.models.decoder import Decoder
@@ -130,9 +131,9 @@ def test_prepared_model_equals_the_model(shape, ragged):
     [SHAPES["window of one layer"], SHAPES["experts"], SHAPES["gemma2"], SHAPES["geglu"],
      {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}],
 )  # fmt: skip
-def test_the_native_step_refuses_what_it_does_not_know(changes):
+def test_the_native_reader_refuses_what_it_does_not_know(changes):
     model = random_model(**changes)
-    assert not NativeStep.fits(model)
+    assert not NativeReader.fits(model)
     assert run(model, [[3, 1]], temperature=0, max_new_tokens=20)[0] == greedy_without_cache(model, [3, 1], 20)
 
 

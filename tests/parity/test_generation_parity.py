@@ -12,7 +12,9 @@ import torch
 
 from zero2hero.config import DecoderConfig
 from zero2hero.generate.decode import generate_tokens
-from zero2hero.generate.sampling import SamplingConfig, transform
+from zero2hero.generate.request import Request, SamplingParams, Sequence
+from zero2hero.generate.rows import History, Row, transform
+from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.language_model import load
 from zero2hero.models import from_pretrained
 from zero2hero.models.families import FAMILIES
@@ -52,14 +54,23 @@ SETTINGS = [
 def test_transformations_equal_transformers(name):
     logits = awkward_logits()[name]
     ids = torch.randint(97, (len(logits), 12), generator=torch.Generator().manual_seed(1))
-    seen = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, ids, True)
     for setting in SETTINGS:
         config = transformers.GenerationConfig(
             do_sample=True, **{k: v for k, v in setting.items() if k != "min_p" or v}
         )
         expected = reference_processors(config)(ids, logits.clone())
-        got = transform(logits, SamplingConfig(**setting), seen)
+        got = transform(logits, rows_of(ids, **setting))
         assert torch.equal(got, expected), setting
+
+
+def rows_of(ids, **setting) -> list[Row]:
+    """Texts with these ids, all with the same settings."""
+    rows = []
+    for text in ids.tolist():
+        sequence = Sequence(Request(text, SamplingParams(**setting)), text, 9, frozenset(), None)
+        sequence.history = History(sequence, 97, torch.device("cpu"))
+        rows.append(Row(sequence, []))
+    return rows
 
 
 def reference_processors(config):
@@ -70,7 +81,7 @@ def reference_processors(config):
 
 def test_defaults_change_nothing():
     logits = awkward_logits()["random"]
-    assert torch.equal(transform(logits, SamplingConfig()), logits)
+    assert torch.equal(transform(logits, rows_of(torch.ones(len(logits), 1, dtype=torch.int64))), logits)
 
 
 # ---------------------------------------------------------------- greedy text

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from zero2hero.errors import UserError
+from zero2hero.generate.request import Request, SamplingParams, Sequence
+from zero2hero.generate.rows import History, Row, choose, transform
 from zero2hero.generate.sampling import (
     SamplingConfig,
     apply_min_p,
     apply_repetition_penalty,
     apply_top_k,
     apply_top_p,
-    choose,
     draw_number,
     random_stream,
     sample,
-    transform,
 )
 
 INF, NAN = math.inf, math.nan
@@ -137,13 +137,23 @@ def test_streams_depend_on_seed_prompt_and_sample_only():
     assert first(None, [1], 0) != first(None, [1], 0)
 
 
+def rows_of(count: int, vocab_size: int, **settings) -> list[Row]:
+    rows = []
+    for i in range(count):
+        request = Request([5], SamplingParams(**settings), sample=i)
+        sequence = Sequence(request, [5], 9, frozenset(), None)
+        sequence.history = History(sequence, vocab_size, torch.device("cpu"))
+        rows.append(Row(sequence, []))
+    return rows
+
+
 def test_recorded_logprobs_are_those_of_the_distribution_drawn_from():
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(2))
-    config = SamplingConfig(temperature=0.7, top_k=10, top_p=0.9)
-    tokens, logprobs = choose(logits, config, [random_stream(3, (), i) for i in range(8)])
-    expected = transform(logits, config).log_softmax(-1)[range(8), tokens]
+    rows = rows_of(8, 50, temperature=0.7, top_k=10, top_p=0.9, seed=3)
+    tokens, logprobs = choose(logits, rows)
+    expected = transform(logits, rows).log_softmax(-1)[range(8), tokens]
     torch.testing.assert_close(torch.tensor(logprobs), expected)
-    tokens, logprobs = choose(logits, SamplingConfig(temperature=0), [])
+    tokens, logprobs = choose(logits, rows_of(8, 50, temperature=0))
     assert tokens == logits.argmax(-1).tolist()
     torch.testing.assert_close(torch.tensor(logprobs), logits.log_softmax(-1).amax(-1))
 
@@ -151,4 +161,4 @@ def test_recorded_logprobs_are_those_of_the_distribution_drawn_from():
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_logits_that_are_not_numbers_are_reported(temperature):
     with pytest.raises(UserError, match="NaN"):
-        choose(torch.full((1, 9), NAN), SamplingConfig(temperature=temperature), [random_stream(0, (), 0)])
+        choose(torch.full((1, 9), NAN), rows_of(1, 9, temperature=temperature))

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from zero2hero.errors import UserError
-from zero2hero.generate.decode import DecoderRows, checked_prompt, evaluating
+from zero2hero.generate.fast import prepare
+from zero2hero.generate.reader import evaluating
+from zero2hero.generate.request import checked_prompt
 from zero2hero.models.decoder import Decoder
 from zero2hero.models.encoder_decoder import EncoderDecoder
 
@@ -37,7 +39,7 @@ class Rows(Protocol):
 
     def reorder(self, rows: list[int]) -> None: ...
 
-    def advance(self, ids: list[int], order: list[int]) -> None: ...
+    def advance(self, ids: list[int]) -> None: ...
 
 
 def beam_search(
@@ -82,7 +84,7 @@ def beam_search(
         texts = [checked_prompt(model, prompt, number) for number, prompt in enumerate(prompts)]
         context = model.config.max_position_embeddings
         limits = [min(max_new_tokens, context - len(text) + 1) for text in texts]
-        rows = DecoderRows(model, texts, 1, max(len(text) + limit - 1 for text, limit in zip(texts, limits)))
+        rows = DecoderRows(model, texts, max(len(text) + limit - 1 for text, limit in zip(texts, limits)))
     early = early_stopping if num_beams > 1 else True
     searches = [
         _Search(num_beams, limit, length_penalty, early, frozenset(eos_ids), min_new_tokens, no_repeat_ngram_size, text)
@@ -116,7 +118,7 @@ def _run(rows: Rows, searches: list[_Search], num_beams: int) -> None:
             return
         if parents != list(range(len(rows.logits))):
             rows.reorder(parents)
-        rows.advance([ids[-1] for search in live for ids, _ in search.beams], list(range(len(parents))))
+        rows.advance([ids[-1] for search in live for ids, _ in search.beams])
         beams = num_beams
 
 
@@ -172,6 +174,41 @@ class _Search:
         return self.beams[0][1] / length**self.length_penalty > self.finished[-1].score
 
 
+class DecoderRows:
+    """The texts that a decoder is writing: their cache, their lengths, and the logits [B, V] of their next tokens."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Decoder, prompts: list[list[int]], longest: int) -> None:
+        self.model, self.prepared = model, prepare(model)
+        self.device = model.embed_tokens.weight.device
+        self.cache = model.make_cache(len(prompts), longest)
+        self.lengths = [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(self.lengths) - len(prompt)) for prompt in prompts]
+        hidden_BTD = self._read(torch.tensor(padded, device=self.device))
+        last = torch.tensor(self.lengths, device=self.device) - 1
+        self.logits = self.prepared.logits(hidden_BTD[torch.arange(len(prompts), device=self.device), last])
+
+    @torch.inference_mode()
+    def reorder(self, rows: list[int]) -> None:
+        """The texts become these, in this order, possibly repeated."""
+        self.cache.select(torch.tensor(rows, device=self.device))
+        self.lengths = [self.lengths[row] for row in rows]
+
+    @torch.inference_mode()
+    def advance(self, ids: list[int]) -> None:
+        """Append one token to each text and compute the next logits."""
+        self.cache.truncate(max(self.lengths))
+        ragged = min(self.lengths) < self.cache.end
+        positions = torch.tensor(self.lengths, device=self.device)[:, None] if ragged else None
+        self.logits = self.prepared.logits(self._read(torch.tensor(ids, device=self.device)[:, None], positions)[:, -1])
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _read(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D] of the next tokens, which enter the cache."""
+        with evaluating(self.model):
+            return self.prepared(self.model, ids_BT, self.cache, positions)
+
+
 class EncoderDecoderRows:
     """The texts that an encoder-decoder is writing: their sources, cache, and next logits."""
 
@@ -189,7 +226,7 @@ class EncoderDecoderRows:
         with evaluating(model):
             self.source = model.encode(ids, None if bool(mask.all()) else mask.long())
         self.cache = model.make_cache(len(sources), limit)
-        self.advance([model.config.decoder_start_token_id] * len(sources), [])
+        self.advance([model.config.decoder_start_token_id] * len(sources))
 
     @torch.inference_mode()
     def reorder(self, rows: list[int]) -> None:
@@ -199,7 +236,7 @@ class EncoderDecoderRows:
         self.cache.select(chosen)
 
     @torch.inference_mode()
-    def advance(self, ids: list[int], order: list[int]) -> None:
+    def advance(self, ids: list[int]) -> None:
         """Append one token to each text and compute the next logits."""
         with evaluating(self.model):
             hidden = self.model.decode(torch.tensor(ids, device=self.device)[:, None], self.source, self.cache)

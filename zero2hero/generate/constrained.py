@@ -83,11 +83,11 @@ class Matcher:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> Tensor:
-        """[V] bool: the tokens that may come next, at least one."""
+        """[V] bool: the tokens that may come next; all of them when the form cannot go on (`advance` then says so)."""
         mask = torch.zeros(self._vocab_size, dtype=torch.bool)
         known = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         mask[: len(known)] = known[: self._vocab_size] > 0
-        return mask
+        return mask if bool(mask.any()) else ~mask
 
     def advance(self, token_id: int) -> str | None:
         """One more token. Returns "stop" when the text is complete and nothing can follow, "length" when the form has

@@ -12,9 +12,10 @@ become, so nothing that runs is ever put back.
         for event in engine.step():
             print(event.text, end="")
 
-Every text draws from its own random stream, so the same seed gives the same text whatever else runs. Rounding alone
-depends on the size of the batch: in fp32 by some 1e-6, which changes a text only where two tokens are as close as that;
-in bf16 by some hundredths, where it may.
+Every text draws from its own random stream, so the same seed gives the same text whatever else runs. Where
+native/decode.c reads the model (a CPU, and a family that it knows) a text's numbers do not depend on the batch, and
+this holds to the bit, in fp32 and bf16. Elsewhere rounding depends on the size of the batch: in fp32 by some 1e-6,
+which changes a text only where two tokens are as close as that; in bf16 by some hundredths, where it may.
 
 `submit` and `cancel` may be called from any thread, `step` from one at a time.
 """
@@ -29,18 +30,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zero2hero.errors import UserError
+from zero2hero.errors import UserError, did_you_mean
 from zero2hero.generate import rows
-from zero2hero.generate.decode import checked_prompt
+from zero2hero.generate.native_reader import NativeReader
 from zero2hero.generate.pages import PAGE, Pages
 from zero2hero.generate.reader import Piece, Reader
-from zero2hero.generate.request import Event, QueueFull, Request, SamplingParams, Sequence, TokenLogprob
+from zero2hero.generate.request import Event, QueueFull, Request, SamplingParams, Sequence, TokenLogprob, checked_prompt
 from zero2hero.generate.rows import Row
+from zero2hero.models.decoder import Decoder
 
 if TYPE_CHECKING:
+    from zero2hero.generate.decode import Writer
+    from zero2hero.generate.speculative import Drafter
     from zero2hero.language_model import LanguageModel
 
 __all__ = ["Engine", "Event", "QueueFull", "Request", "SamplingParams", "Sequence", "TokenLogprob"]
+
+Choice = tuple[int, float, TokenLogprob | None]  # a token, its behaviour log-probability, and what is reported
+
+_MOST_GUESSES = 32  # in a step, of all texts together
 
 
 class Engine:
@@ -53,27 +61,31 @@ class Engine:
             context and `max_batch_size` of 1,024 tokens.
         prefill_chunk: tokens of prompts read in one step, together.
         max_waiting: requests that wait, at most.
+        drafter: guesses tokens ahead; see speculative.py. Texts stay the same, and constrained ones do without.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: LanguageModel | Writer,
         *,
         max_batch_size: int = 64,
         max_cached_tokens: int | None = None,
         prefill_chunk: int = 256,
         max_waiting: int = 1024,
+        drafter: Drafter | None = None,
     ) -> None:
         self.lm, self.model = lm, lm.model
         self.context = self.model.config.max_position_embeddings
         self.max_batch_size, self.prefill_chunk, self.max_waiting = max_batch_size, prefill_chunk, max_waiting
+        self.drafter = drafter
         if max_cached_tokens is None:
             max_cached_tokens = max(self.context, max_batch_size * min(self.context, 1024)) + PAGE
         self.pages = Pages(self.model, max_cached_tokens)
-        self.reader = Reader(self.model, self.pages)
+        self.reader = make_reader(self.model, self.pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._counts = {"steps": 0, "read_tokens": 0, "generated_tokens": 0, "prefix_hits": 0, "finished": 0}
+        self._counts |= {"drafted_tokens": 0, "kept_tokens": 0}
 
     @property
     def counters(self) -> dict[str, int]:
@@ -93,8 +105,10 @@ class Engine:
         """
         if len(self.waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already")
-        if request.adapter is not None:
-            raise UserError(f"unknown adapter '{request.adapter}'")
+        if request.adapter is not None and request.adapter not in self.reader.adapters:
+            raise UserError(
+                f"unknown adapter '{request.adapter}'.{did_you_mean(request.adapter, self.reader.adapters)}"
+            )
         prompt = checked_prompt(self.model, request.prompt_ids, 0)
         if request.embeddings is not None and len(request.embeddings) != len(prompt):
             raise UserError(f"{len(request.embeddings)} embeddings for a prompt of {len(prompt)} tokens")
@@ -123,7 +137,7 @@ class Engine:
         if self.running:
             raise RuntimeError("the weights changed while texts were being written")
         self.pages.forget()
-        self.reader = Reader(self.model, self.pages)
+        self.reader = make_reader(self.model, self.pages)
 
     def run(self, requests: Iterable[Request]) -> list[Sequence]:
         """Serve these requests to their end; the texts in the order of the requests."""
@@ -138,12 +152,9 @@ class Engine:
 
     def _ends(self, p: SamplingParams) -> frozenset[int]:
         """The tokens that end a text. A stop string that is a special token never shows up as text."""
-        special = {self.lm.tokenizer.token_to_id(stop) for stop in p.stop} & self.lm.tokenizer.all_special_ids
-        return (
-            frozenset(() if p.ignore_eos else self.lm.eos_ids)
-            | {i for i in special if i is not None}
-            | {*p.stop_token_ids}
-        )
+        tokenizer = self.lm.tokenizer
+        ends = {tokenizer.token_to_id(stop) for stop in p.stop} & tokenizer.all_special_ids if tokenizer else set()
+        return frozenset({*ends, *p.stop_token_ids, *(() if p.ignore_eos else self.lm.eos_ids)})
 
     # ---------------------------------------------------------------- a step
 
@@ -177,12 +188,14 @@ class Engine:
             else:
                 self.waiting.remove(sequence)
             self._finish(sequence, "cancelled")
-        return [Event(sequence, [], sequence.stream.finish(), [], "cancelled") for sequence in dropped]
+        return [Event(sequence, [], sequence.rest(), [], "cancelled") for sequence in dropped]
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
         self.pages.release(sequence.pages)
         sequence.pages = []
+        if self.drafter is not None:
+            self.drafter.finished(sequence)
         self._counts["finished"] += 1
 
     def _admit(self) -> None:
@@ -216,63 +229,92 @@ class Engine:
 
     def _piece(self, sequence: Sequence, count: int) -> Piece:
         start, end, p = sequence.read, sequence.read + count, sequence.params
-        vectors = sequence.request.embeddings
-        if vectors is not None:
-            vectors = vectors[start:end] if start < sequence.prompt_length else None
-        wanted = count if p.prompt_logprobs is not None and start < sequence.prompt_length else end == len(sequence.ids)
-        return Piece(sequence.ids[start:end], start, sequence.pages, int(wanted), vectors)
+        ids, vectors, wanted = sequence.ids[start:end], sequence.request.embeddings, int(end == len(sequence.ids))
+        if start >= sequence.prompt_length:
+            draft, vectors = self._draft(sequence), None
+            ids, wanted = ids + draft, 1 + len(draft)
+        elif p.prompt_logprobs is not None:
+            wanted = count
+        vectors = None if vectors is None else vectors[start:end]
+        return Piece(ids, start, sequence.pages, wanted, vectors, sequence.request.adapter)
+
+    def _draft(self, sequence: Sequence) -> list[int]:
+        """Guesses are for few texts: with many, it is arithmetic that a step costs."""
+        left = sequence.limit - (len(sequence.ids) - sequence.prompt_length) - 1
+        most = min(left, _MOST_GUESSES // len(self.running))
+        if self.drafter is None or sequence.matcher is not None or most < 1:
+            return []
+        draft = self.drafter.draft(sequence, most)
+        self._counts["drafted_tokens"] += len(draft)
+        return draft
 
     def _advance(self, work: list[tuple[Sequence, Piece]], logits: Tensor) -> list[Event]:
         """Choose the next tokens from the logits, and end what has ended."""
-        self._counts["read_tokens"] += sum(len(piece.ids) for _, piece in work)
-        ready: list[tuple[Sequence, int]] = []  # with the row of its logits
-        row = 0
+        chosen: list[int] = []  # rows of the logits
+        texts: list[Row] = []
+        writing: list[tuple[Sequence, list[int]]] = []  # with the draft
+        events, at = [], 0
         for sequence, piece in work:
+            self._counts["read_tokens"] += len(piece.ids)
             if sequence.params.prompt_logprobs is not None and sequence.read < sequence.prompt_length:
-                self._score_prompt(sequence, logits[row : row + piece.wanted])
-            row += piece.wanted
-            sequence.read += len(piece.ids)
-            if sequence.read == len(sequence.ids):
-                ready.append((sequence, row - 1))
-        writing = [(sequence, at) for sequence, at in ready if sequence.limit]
-        events = []
-        if writing:
-            chosen = logits if len(writing) == len(logits) else logits[[at for _, at in writing]]
-            tokens, behaviour = rows.choose(chosen, [Row(sequence, []) for sequence, _ in writing])
-            reported = self._reported(chosen, tokens, [sequence for sequence, _ in writing])
-            for (sequence, _), token_id, logprob, report in zip(writing, tokens, behaviour, reported):
-                events.append(self._write(sequence, token_id, logprob, report))
-        for sequence, _ in ready:
-            if not sequence.limit:
+                self._score_prompt(sequence, logits[at : at + piece.wanted])
+            at += piece.wanted
+            sequence.read = min(sequence.read + len(piece.ids), len(sequence.ids))
+            if sequence.read < len(sequence.ids):
+                continue
+            if sequence.limit == 0:
                 events.append(Event(sequence, [], "", [], "length"))
+                continue
+            draft = piece.ids[1:] if piece.start >= sequence.prompt_length else []
+            writing.append((sequence, draft))
+            chosen += range(at - 1 - len(draft), at)
+            texts += [Row(sequence, draft[:count]) for count in range(len(draft) + 1)]
+        if writing:
+            logits = logits if len(chosen) == len(logits) else logits[chosen]
+            tokens, behaviour = rows.choose(logits, texts)
+            choices = iter(zip(tokens, behaviour, self._reported(logits, tokens, texts)))
+            for sequence, draft in writing:
+                events.append(self._write(sequence, draft, list(itertools.islice(choices, len(draft) + 1))))
         for event in events:
             if event.finish_reason:
                 self._finish(event.sequence, event.finish_reason)
         self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
         return events
 
-    def _write(self, sequence: Sequence, token_id: int, logprob: float, report: list[TokenLogprob]) -> Event:
-        text = sequence.append(token_id, logprob)
-        sequence.logprobs += report
-        sequence.history.add(token_id)
-        if sequence.matcher is not None and sequence.finish_reason is None:
-            sequence.finish_reason = sequence.matcher.advance(token_id)
-            text += sequence.stream.finish() if sequence.finish_reason else ""
-        self._counts["generated_tokens"] += 1
+    def _write(self, sequence: Sequence, draft: list[int], choices: list[Choice]) -> Event:
+        """Append what was chosen, as long as the draft was that."""
+        ids, text, reports = [], "", []
+        for guess, (token_id, logprob, report) in zip([*draft, None], choices):
+            text += sequence.append(token_id, logprob)
+            ids.append(token_id)
+            if report is not None:
+                reports.append(report)
+            sequence.history.add(token_id)
+            if sequence.matcher is not None and sequence.finish_reason is None:
+                sequence.finish_reason = sequence.matcher.advance(token_id)
+                text += sequence.rest() if sequence.finish_reason else ""
+            if sequence.finish_reason or token_id != guess:
+                break
+        kept = len(ids) - 1
+        sequence.read += kept
+        sequence.logprobs += reports
+        if draft and self.drafter is not None:
+            self.drafter.learn(sequence, len(draft), kept)
+        self._counts["kept_tokens"] += kept
+        self._counts["generated_tokens"] += len(ids)
         self._know(sequence, sequence.read)
-        return Event(sequence, [token_id], text, report, sequence.finish_reason)
+        return Event(sequence, ids, text, reports, sequence.finish_reason)
 
     # ---------------------------------------------------------------- log-probabilities
 
-    def _reported(self, logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[list[TokenLogprob]]:
-        """For each text that asks, the new token's log-probability under the model."""
-        asked = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
-        reports: list[list[TokenLogprob]] = [[] for _ in sequences]
+    def _reported(self, logits: Tensor, tokens: list[int], texts: list[Row]) -> list[TokenLogprob | None]:
+        """For each row of a text that asks, the chosen token's log-probability under the model."""
+        asked = {i: count for i, row in enumerate(texts) if (count := row.sequence.params.logprobs) is not None}
+        reports: list[TokenLogprob | None] = [None] * len(texts)
         if asked:
-            count = max(sequences[i].params.logprobs or 0 for i in asked)
-            found = _logprobs(logits[asked], [tokens[i] for i in asked], count)
-            for i, report in zip(asked, found):
-                reports[i] = [report._replace(top=report.top[: sequences[i].params.logprobs])]
+            found = _logprobs(logits[list(asked)], [tokens[i] for i in asked], max(asked.values()))
+            for (i, count), report in zip(asked.items(), found):
+                reports[i] = report._replace(top=report.top[:count])
         return reports
 
     def _score_prompt(self, sequence: Sequence, logits: Tensor) -> None:
@@ -289,7 +331,7 @@ class Engine:
 
     def _share(self, sequence: Sequence) -> None:
         """Take over pages that others have read, where this text comes to their end; its last token it reads itself."""
-        if sequence.params.prompt_logprobs is not None or sequence.request.embeddings is not None:
+        if sequence.params.prompt_logprobs is not None or not self._known_by_ids(sequence):
             return
         while sequence.read % PAGE == 0 and sequence.read + PAGE < sequence.prompt_length:
             found = self.pages.find(self._before(sequence), sequence.ids[sequence.read : sequence.read + PAGE])
@@ -307,16 +349,25 @@ class Engine:
 
     def _know(self, sequence: Sequence, end: int) -> None:
         """Make this text's full pages before token `end` known to others."""
-        if sequence.request.embeddings is not None:
+        if not self._known_by_ids(sequence):
             return
         while (len(sequence.chain) + 1) * PAGE <= end:
             at = len(sequence.chain)
             ids = sequence.ids[at * PAGE : (at + 1) * PAGE]
             sequence.chain.append(self.pages.know(self._before(sequence), ids, sequence.pages[at]))
 
+    def _known_by_ids(self, sequence: Sequence) -> bool:
+        """Whether its ids say all that the model reads: not where vectors, given or learned, stand in their place."""
+        return sequence.request.embeddings is None and isinstance(self.model, Decoder)
+
     def _before(self, sequence: Sequence) -> int | str:
         """The name of the page before: the last one of the chain, or for the first page the adapter's name."""
         return sequence.chain[-1] if sequence.chain else f"adapter {sequence.request.adapter}"
+
+
+def make_reader(model: Decoder, pages: Pages) -> Reader | NativeReader:
+    """The faster of the two that can read this model."""
+    return (NativeReader if NativeReader.fits(model) else Reader)(model, pages)
 
 
 def _logprobs(logits: Tensor, tokens: list[int], count: int) -> list[TokenLogprob]:

@@ -1,13 +1,8 @@
-"""Two fast forms of a decoder for generation, with the same mathematics.
+"""A faster form of a decoder for generation, with the same mathematics.
 
-For few tokens a step is matrix times vector: it costs the reading of the weights, and the fixed price of each
-small operation (a few microseconds, some forty of them per layer).
-
-`NativeStep`: one sequence, one token, on a CPU. The whole step is one call of native/decode.c, which reads the
-weights where they are, as fast as memory gives them. For the families with RMSNorm and rotary positions.
-
-`PreparedDecoder`: everything else. The weights are laid out once for the product at hand, and the projections that
-read the same input become one:
+For few tokens a step is matrix times vector: it costs the reading of the weights, and the fixed price of each small
+operation (a few microseconds, some forty of them per layer). `PreparedDecoder` lays out the weights once for the
+product at hand, and makes one of the projections that read the same input:
 
 - fp32 on a CPU: transposed to [in, out], so that the product runs along contiguous rows of outputs;
 - bf16 on a CPU: in oneDNN's blocked layout ("prepacked"), without which every product packs its weights anew;
@@ -22,10 +17,6 @@ B batch, T time, D width, H heads, G key/value heads, K head width, V vocabulary
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import subprocess
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,15 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zero2hero.machine import native_library
 from zero2hero.models.decoder import Block, Decoder, DecoderConfig
-from zero2hero.nn import native
 from zero2hero.nn.attention import Attention, attend
 from zero2hero.nn.feedforward import ACTIVATIONS, GATES, FeedForward
 from zero2hero.nn.kv_cache import KVCache
 from zero2hero.nn.masks import Mask
 from zero2hero.nn.norms import RMSNorm
-from zero2hero.nn.positions import Rotary
 
 Function = Callable[[Tensor], Tensor]
 Projection = Callable[..., Tensor]  # (rows, residual = None) -> rows
@@ -57,7 +45,7 @@ def prepare(model: Decoder) -> PreparedDecoder | PlainDecoder:
     A model that is not put together as usual (a hook, another kind of block), or runs under autocast, is used
     as it is.
     """
-    if not _is_plain(model):
+    if not is_plain(model):
         return PlainDecoder(model)
     fingerprint = _fingerprint(model)
     known, prepared = _PREPARED.get(model, (None, None))
@@ -90,7 +78,8 @@ def _words(flat: Tensor) -> Tensor:
     return flat.view(torch.int64 if aligned else torch.uint8)
 
 
-def _is_plain(model: Decoder) -> bool:
+def is_plain(model: Decoder) -> bool:
+    """Whether a model is put together as usual."""
     device = model.embed_tokens.weight.device.type
     kinds = all(
         type(block) is Block and type(block.self_attn) is Attention and type(block.mlp) is FeedForward
@@ -185,131 +174,6 @@ class _PreparedBlock:
         allowed = None if mask.allowed is None else mask.allowed[:, None]
         y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), keys, values, allowed, scale=self.scale)
         return y.view(B, H * K)
-
-
-# ---------------------------------------------------------------- one sequence on a CPU
-
-_BLOCK_WEIGHTS = {  # the fields of decode.c's `block`, and a Block's parameters
-    "input_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "output": "self_attn.o_proj.weight",
-    "output_bias": "self_attn.o_proj.bias",
-    "post_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up": "mlp.up_proj.weight",
-    "up_bias": "mlp.up_proj.bias",
-    "down": "mlp.down_proj.weight",
-    "down_bias": "mlp.down_proj.bias",
-}
-_NATIVE_MODULES = {
-    Decoder, Block, Attention, FeedForward, RMSNorm, Rotary, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList
-}  # fmt: skip
-_ONE_THREAD = 1 << 20  # weights; below this, threads wait for each other longer than they work
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in (*_BLOCK_WEIGHTS, "keys", "values")]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("layers", "D", "H", "G", "K", "F", "V", "S", "window")),
-        *((name, ctypes.c_float) for name in ("eps", "scale")),
-        ("blocks", ctypes.POINTER(_Block)),
-        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("x", "queries", "mixed", "hidden", "scores")),
-    ]
-
-
-class NativeStep:
-    """`logits = step(token_id)`: read one token of a cache's only sequence; fp32 logits [1, V] of the next one.
-
-    It points to the weights and the cache, so it must not outlive a change of either's memory: make a new one for
-    each sequence, which costs little. (A weight that is replaced meanwhile is kept alive, and used as it was.)
-    """
-
-    @staticmethod
-    def fits(model: Decoder) -> bool:
-        """Whether decode.c can do this model's steps here."""
-        c, parameters = model.config, list(model.parameters())
-        vocabulary = c.vocab_size * c.hidden_size
-        return (
-            _is_plain(model)
-            and {type(module) for module in model.modules()} <= _NATIVE_MODULES
-            and (c.position, c.norm, c.feedforward in ("swiglu", "relu2")) == ("rotary", "rmsnorm", True)
-            and len(set(c.windows)) == 1
-            and not model.rotary.dynamic
-            and len({m.eps for m in model.modules() if isinstance(m, RMSNorm)}) == 1
-            and model.lm_head.bias is None
-            and c.num_matrix_parameters
-            == sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) + vocabulary
-            and model.embed_tokens.weight.numel() == vocabulary == model.lm_head.weight.numel()
-            and native.usable(*parameters)
-            and all(p.is_contiguous() for p in parameters)
-            and _library() is not None
-        )
-
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
-        c, self.cache, self.vocab_size, rotary = model.config, cache, model.config.vocab_size, model.rotary
-        if rotary.table.dtype != torch.float32 or rotary.table.shape[1] < cache.max_length:
-            rotary.grow(max(cache.max_length, rotary.table.shape[1]))
-        D, H, G, K, F = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size
-        working = {"x": D, "queries": H * K, "mixed": H * K, "hidden": F, "scores": H * cache.max_length}
-        tensors: dict[str, Any] = {name: torch.empty(size) for name, size in working.items()}
-        tensors["cos"], tensors["sin"] = rotary.table
-        tensors |= {"embedding": model.embed_tokens.weight, "norm": model.norm.weight, "head": model.lm_head.weight}
-        blocks = [self._tensors(block, cache, i) for i, block in enumerate(model.layers)]
-        # what the pointers point to stays alive with this object
-        self.memory = [t.detach() for group in (tensors, *blocks) for t in group.values()]
-        self.model = _Model(
-            layers=len(blocks), D=D, H=H, G=G, K=K, F=F, V=c.vocab_size, S=cache.max_length,
-            window=c.windows[0] or cache.max_length, eps=model.norm.eps, scale=K**-0.5,
-            blocks=(_Block * len(blocks))(*(_Block(**_pointers(block)) for block in blocks)), **_pointers(tensors),
-        )  # fmt: skip
-        weight = model.embed_tokens.weight
-        self.function = getattr(_library(), "step_fp32" if weight.dtype == torch.float32 else "step_bf16")
-        self.small = sum(t.numel() for t in self.memory) < _ONE_THREAD
-
-    @staticmethod
-    def _tensors(block: nn.Module, cache: KVCache, layer: int) -> dict[str, Tensor]:
-        parameters = dict(block.named_parameters())
-        weights = {name: parameters[path] for name, path in _BLOCK_WEIGHTS.items() if path in parameters}
-        return weights | {"keys": cache.keys[layer], "values": cache.values[layer]}
-
-    def __call__(self, token_id: int) -> Tensor:
-        position = self.cache.end
-        if position >= self.cache.max_length or not 0 <= token_id < self.vocab_size:
-            raise IndexError(f"token {token_id} of {self.vocab_size} at {position} of {self.cache.max_length}")
-        logits = torch.empty(1, self.vocab_size)
-        threads = 1 if self.small else torch.get_num_threads()
-        self.function(ctypes.byref(self.model), token_id, position, logits.data_ptr(), threads)
-        self.cache.end = position + 1
-        return logits
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if native.library() is None:  # it also makes torch's OpenMP visible, which this library needs too
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        library = native_library("decode", *native._FLAGS)
-        for step in (library.step_fp32, library.step_bf16):
-            step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
-            step.restype = None
-        return library
-    return None
-
-
-def _pointers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------- the parts

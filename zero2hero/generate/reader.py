@@ -9,13 +9,13 @@ B texts, T tokens, G key/value heads, K head width, V vocabulary, S length of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zero2hero.generate.decode import evaluating
 from zero2hero.generate.fast import prepare
 from zero2hero.generate.pages import PAGE, Pages
 from zero2hero.models.decoder import Decoder
@@ -25,7 +25,7 @@ from zero2hero.nn.kv_cache import KVCache
 class Piece(NamedTuple):
     """Tokens of one text from position `start` on, its pages, and for how many of the last tokens logits are wanted.
 
-    `vectors` [T, D] are read in place of the ids.
+    `vectors` [T, D] are read in place of the ids, with the adapter of that name (None: with what the model wears).
     """
 
     ids: list[int]
@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     pages: list[int]
     wanted: int
     vectors: Tensor | None = None
+    adapter: str | None = None
 
 
 class PagedCache(KVCache):
@@ -44,7 +45,8 @@ class PagedCache(KVCache):
         self.end = 0
 
     def update(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(slots, Tensor)
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=self.tables.device).expand(len(self.tables), -1)
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         page, offset = self.tables.gather(1, slots // PAGE), slots % PAGE
         keys[page, :, :, offset] = k_BTGK
@@ -61,21 +63,39 @@ class Reader:
         self.model, self.pages = model, pages
         self.prepared = prepare(model)
         self.device = model.embed_tokens.weight.device
+        self.adapted: list[Any] = [m for m in model.modules() if hasattr(m, "adapters") and hasattr(m, "active")]
+        self.adapters = {name for module in self.adapted for name in module.adapters}
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         # a text may share pages that an earlier piece of this very step fills: so in order, single tokens last
-        single = [i for i, piece in enumerate(pieces) if len(piece.ids) == 1 and piece.vectors is None and piece.wanted]
-        groups = [[i] for i in range(len(pieces)) if i not in set(single)] + ([single] if single else [])
+        groups: list[list[int]] = []
+        single: dict[str | None, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            if len(piece.ids) == 1 and piece.vectors is None and piece.wanted:
+                single.setdefault(piece.adapter, []).append(i)
+            else:
+                groups.append([i])
         logits: dict[int, Tensor] = {}
-        with evaluating(self.model):
-            for group in groups:
+        for group in (*groups, *single.values()):
+            wanted = pieces[group[0]].wanted
+            with evaluating(self.model), self._wearing(pieces[group[0]].adapter):
                 hidden = self._read([pieces[i] for i in group])
-                wanted = pieces[group[0]].wanted
                 if wanted:
                     rows = self.prepared.logits(hidden[:, -wanted:].flatten(0, 1)).float()
                     logits |= zip(group, rows.split(wanted))
         return torch.cat([logits[i] for i in sorted(logits)]) if logits else torch.empty(0)
+
+    @contextmanager
+    def _wearing(self, adapter: str | None) -> Iterator[None]:
+        before = [module.active for module in self.adapted]
+        for module in self.adapted if adapter is not None else ():
+            module.active = adapter
+        try:
+            yield
+        finally:
+            for module, active in zip(self.adapted, before):
+                module.active = active
 
     def _read(self, pieces: list[Piece]) -> Tensor:
         """Hidden states [B, T, D] of pieces that are equally long."""
@@ -89,3 +109,16 @@ class Reader:
         cache.end = max(starts)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(T, device=self.device)
         return self.prepared(self.model, ids, cache, positions)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model writes without dropout, also in the middle of its training."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()

@@ -16,6 +16,7 @@ from torch import Tensor
 from zero2hero.errors import UserError
 from zero2hero.generate.sampling import draw_number, random_stream, require_integer, require_number
 from zero2hero.generate.text_stream import TextStream
+from zero2hero.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from zero2hero.generate.constrained import Constraint, Matcher
@@ -85,12 +86,10 @@ class SamplingParams:
         for name in ("seed", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), 0)
-        require_number("temperature", self.temperature, 0.0)
+        require_number("temperature", self.temperature, 0.0, 1e4)
         require_number("top_p", self.top_p, 0.0, 1.0)
         require_number("min_p", self.min_p, 0.0, 1.0)
-        require_number("repetition_penalty", self.repetition_penalty, 0.0)
-        if self.repetition_penalty == 0:
-            raise UserError("repetition_penalty must be greater than 0, not 0 (1 turns it off)")
+        require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         for name in ("presence_penalty", "frequency_penalty"):
             require_number(name, getattr(self, name), -1e4, 1e4)
         for token_id, bias in self.logit_bias.items():
@@ -106,7 +105,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5  # a number that logits can still be divided by
 
 
 @dataclass
@@ -115,7 +114,7 @@ class Request:
 
     Attributes:
         prompt_ids: token ids; an empty prompt stands for the begin-of-text token alone.
-        adapter: the name of the adapter that the model wears for this request; None: the bare model.
+        adapter: the name of the adapter that the model wears for this request; None: what it wears anyway.
         sample: the number of this request among samples of one prompt; with one seed each has its own random stream.
         embeddings: [T, D], what is read in place of the prompt's ids (where they hold images, say).
     """
@@ -153,7 +152,7 @@ class Sequence:
     history: History  # see rows.py
 
     def __init__(
-        self, request: Request, prompt: list[int], limit: int, ends: frozenset[int], tokenizer: Tokenizer
+        self, request: Request, prompt: list[int], limit: int, ends: frozenset[int], tokenizer: Tokenizer | None
     ) -> None:
         self.request, self.params = request, request.params
         self.ids, self.prompt_length = prompt, len(prompt)
@@ -163,7 +162,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.finish_reason: str | None = None
         self.cancelled = False
-        self.stream = TextStream(tokenizer, prompt, self.params.stop)
+        self.stream = TextStream(tokenizer, prompt, self.params.stop) if tokenizer else None
         # what the engine needs
         self.read = 0  # tokens whose keys and values are in the cache
         self.pages: list[int] = []
@@ -178,7 +177,7 @@ class Sequence:
 
     @property
     def text(self) -> str:
-        return self.stream.text
+        return self.stream.text if self.stream else ""
 
     def number(self, ahead: int) -> float:
         """The random number that the token `ahead` places from now is drawn with: one for each token."""
@@ -193,12 +192,16 @@ class Sequence:
         self.ids.append(token_id)
         self.behaviour_logprobs.append(behaviour_logprob)
         written = len(self.ids) - self.prompt_length
-        piece = "" if token_id in self.ends else self.stream.push(token_id)
-        if token_id in self.ends or self.stream.stopped:
+        piece = self.stream.push(token_id) if self.stream and token_id not in self.ends else ""
+        if token_id in self.ends or (self.stream and self.stream.stopped):
             self.finish_reason = "stop"
         elif written == self.limit:
             self.finish_reason = "length"
-        return piece + self.stream.finish() if self.finish_reason else piece
+        return piece + self.rest() if self.finish_reason else piece
+
+    def rest(self) -> str:
+        """No more tokens will come: the text that was held back."""
+        return self.stream.finish() if self.stream else ""
 
 
 @dataclass(frozen=True)
@@ -210,3 +213,26 @@ class Event:
     text: str
     logprobs: list[TokenLogprob]
     finish_reason: str | None
+
+
+def checked_prompt(model: Decoder, prompt: abc.Sequence[int], number: int) -> list[int]:
+    """A prompt that the model can read, or a `UserError` that says why not."""
+    c = model.config
+    ids = list(prompt)
+    if not ids:
+        eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
+        start = c.bos_token_id if c.bos_token_id is not None else eos
+        if start is None:
+            raise UserError("the prompt is empty and this model has no begin-of-text token: give it some text")
+        ids = [start]
+    if len(ids) > c.max_position_embeddings:
+        raise UserError(
+            f"prompt {number} has {len(ids)} tokens; the model's context is {c.max_position_embeddings} "
+            "(max_position_embeddings). Shorten the prompt."
+        )
+    if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+        raise UserError(
+            f"prompt {number} has token id {max(ids) if max(ids) >= c.vocab_size else min(ids)}; the model knows ids "
+            f"0 to {c.vocab_size - 1}. Do the tokenizer and the model belong together?"
+        )
+    return ids

@@ -1,7 +1,7 @@
 """The next tokens of many texts at once, each by the settings of its own request.
 
-The same transformations as in sampling.py, in the same order, but every row has its own numbers; a transformation is
-applied to the rows that ask for it. The penalties on tokens that a text already has (`presence_penalty` once,
+The transformations are those of sampling.py, in the order of transformers; each is applied to the rows that ask for it,
+with every row's own numbers. The penalties on tokens that a text already has (`presence_penalty` once,
 `frequency_penalty` for each time) are those of the OpenAI API: they count what was written, not the prompt.
 
 R rows (a text with a draft has one more row for each token of it), V vocabulary.
@@ -78,14 +78,13 @@ def transform(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     logits = _penalize(logits, rows)
     logits = _forbid(logits, rows)
     drawn = [not p.greedy for p in params]
-    for name, off, function in (
-        ("temperature", 1.0, sampling.apply_temperature),
-        ("top_k", 0, sampling.apply_top_k),
-        ("top_p", 1.0, sampling.apply_top_p),
-        ("min_p", 0.0, sampling.apply_min_p),
+    for function, values, off in (
+        (sampling.apply_temperature, [p.temperature for p in params], 1.0),
+        (sampling.apply_top_k, [min(p.top_k, logits.shape[-1]) for p in params], 0),
+        (sampling.cut_tail, [1 - p.top_p for p in params], 0.0),
+        (sampling.apply_min_p, [p.min_p for p in params], 0.0),
     ):
-        values = [getattr(p, name) if draw else off for p, draw in zip(params, drawn)]
-        logits = _where(logits, [value != off for value in values], function, values)
+        logits = _where(logits, [draw and value != off for draw, value in zip(drawn, values)], function, values)
     return logits
 
 
@@ -134,16 +133,17 @@ def _with_draft(vector: Any, draft: list[int], kind: str) -> Tensor:
 
 
 def _forbid(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Minus infinity for what may not come next."""
-    pairs = [(i, token_id) for i, row in enumerate(rows) for token_id in _forbidden(row)]
-    if pairs:
-        logits = logits.clone()
-        logits[[i for i, _ in pairs], [token_id for _, token_id in pairs]] = -math.inf
+    """Minus infinity for what may not come next. Where nothing would be left, a constraint alone counts."""
     masks = [(i, matcher.allowed()) for i, row in enumerate(rows) if (matcher := row.sequence.matcher) is not None]
     if masks:
         logits = logits.clone()
         for i, allowed in masks:
             logits[i].masked_fill_(~allowed.to(logits.device), -math.inf)
+    pairs = [(i, token_id) for i, row in enumerate(rows) for token_id in _forbidden(row)]
+    if pairs:
+        left = logits.clone()
+        left[[i for i, _ in pairs], [token_id for _, token_id in pairs]] = -math.inf
+        logits = torch.where(left.isneginf().all(-1, keepdim=True), logits, left)
     return logits
 
 

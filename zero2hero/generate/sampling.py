@@ -1,4 +1,6 @@
-"""From logits to the next token: the settings, the transformations of the distribution, and the draw.
+"""From logits to the next token: common settings, the transformations of the distribution, and the draw.
+
+The engine applies them in rows.py, each row with its own numbers.
 
 Temperature sharpens or flattens; top-k, top-p (nucleus: Holtzman et al. 2020, arXiv 1904.09751) and min-p
 (Nguyen et al. 2024, arXiv 2407.01082) cut off the unreliable tail; the repetition penalty (Keskar et al. 2019,
@@ -16,11 +18,15 @@ import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zero2hero.errors import UserError
+
+if TYPE_CHECKING:
+    from zero2hero.generate.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,17 @@ class SamplingConfig:
         """Whether the likeliest token is taken, rather than one drawn."""
         return not (self.temperature > 0 if self.do_sample is None else self.do_sample)
 
+    @property
+    def params(self) -> SamplingParams:
+        """The same for each single text."""
+        from zero2hero.generate.request import SamplingParams
+
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=0 if self.greedy else self.temperature, top_k=self.top_k,
+            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty, stop=self.stop,
+            seed=self.seed,
+        )  # fmt: skip
+
 
 def require_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -122,8 +139,13 @@ def apply_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
 
 def apply_top_p(logits: Tensor, p: Number) -> Tensor:
     """Keep the smallest set of likeliest tokens whose probability exceeds p; always the likeliest."""
+    return cut_tail(logits, 1 - p)
+
+
+def cut_tail(logits: Tensor, share: Number) -> Tensor:
+    """Remove the least likely tokens that together have at most this probability; never the likeliest."""
     ascending, order = torch.sort(logits)
-    remove = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    remove = ascending.softmax(-1).cumsum(-1) <= share
     remove[..., -1] = False
     return logits.masked_fill(remove.scatter(-1, order, remove), -math.inf)
 
@@ -132,28 +154,6 @@ def apply_min_p(logits: Tensor, min_p: Number) -> Tensor:
     """Remove what is less than `min_p` times as likely as the likeliest token."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -math.inf)
-
-
-def transform(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
-    """The logits [B, V] of the distribution that is really drawn from, in fp32: all of the above, in order.
-
-    `seen` is needed with a repetition penalty. For greedy decoding only the penalty applies.
-    """
-    logits = logits.float()
-    if config.repetition_penalty != 1.0:
-        assert seen is not None
-        logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
-    if config.greedy:
-        return logits
-    if config.temperature != 1.0:
-        logits = apply_temperature(logits, config.temperature)
-    if config.top_k:
-        logits = apply_top_k(logits, config.top_k)
-    if config.top_p < 1.0:
-        logits = apply_top_p(logits, config.top_p)
-    if config.min_p:
-        logits = apply_min_p(logits, config.min_p)
-    return logits
 
 
 # ---------------------------------------------------------------- the draw
@@ -195,19 +195,3 @@ def picked_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
             "earlier checkpoint, or train again with a lower learning rate."
         )
     return logprobs
-
-
-def choose(
-    logits: Tensor, config: SamplingConfig, streams: Sequence[random.Random], seen: Tensor | None = None
-) -> tuple[list[int], list[float]]:
-    """The next token of each row of logits [B, V], and its log-probability (nats).
-
-    The log-probability is the one under the distribution drawn from, after every transformation: what
-    policy-gradient methods call the behaviour policy's. Greedy: under the plain softmax (temperature 1).
-
-    Raises:
-        UserError: the model's logits are not numbers.
-    """
-    logits = transform(logits, config, seen)
-    tokens = logits.argmax(-1) if config.greedy else sample(logits, [draw_number(stream) for stream in streams])
-    return tokens.tolist(), picked_logprobs(logits, tokens)

@@ -23,7 +23,7 @@ from zero2hero.serve.completions import Completion
 from zero2hero.serve.embeddings import embeddings
 from zero2hero.serve.errors import ApiError, ErrorBody, explain_errors
 from zero2hero.serve.metrics import Metrics
-from zero2hero.serve.prompts import check_size
+from zero2hero.serve.prompts import check_size, served
 from zero2hero.serve.responses import TextResponse
 from zero2hero.serve.schema import (
     ChatRequest,
@@ -77,7 +77,7 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def card() -> dict[str, Any]:
-        context = worker.engine.lm.model.config.max_position_embeddings
+        context = served(worker.engine).model.config.max_position_embeddings
         return {"id": name, "object": "model", "created": started, "owned_by": "zero2hero", "max_model_len": context}
 
     # ---------------------------------------------------------------- models
@@ -130,7 +130,7 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The ids of a text, in which special tokens are text; a special token alone asks for its id."""
-        lm = worker.engine.lm
+        lm = served(worker.engine)
         check_size(lm, len(body.prompt.encode()))
         is_text = lm.tokenizer.token_to_id(body.prompt) not in lm.tokenizer.all_special_ids
         ids = await asyncio.to_thread(lm.tokenizer.encode, body.prompt, body.add_special_tokens, is_text)
@@ -138,12 +138,12 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        tokenizer = worker.engine.lm.tokenizer
+        tokenizer = served(worker.engine).tokenizer
         return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        lm = worker.engine.lm
+        lm = served(worker.engine)
         ends = [lm.tokenizer.id_to_token(i) for i in sorted(lm.eos_ids)]
         special = {role: lm.tokenizer.special_token(role) for role in ("bos_token", "pad_token", "unk_token")}
         return special | {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zero2hero.serve.answers import Delta
 from zero2hero.serve.logprobs import TokenSpeller, chat_logprobs
-from zero2hero.serve.prompts import chat_ids, check_context, require, sampling_settings
+from zero2hero.serve.prompts import chat_ids, check_context, require, sampling_settings, served
 from zero2hero.serve.schema import ChatRequest
 from zero2hero.serve.tools import ToolCalls, constraint_for
 from zero2hero.serve.worker import Worker
@@ -29,7 +29,7 @@ class Chat:
     def __init__(self, engine: Engine, body: ChatRequest) -> None:
         from zero2hero.generate.engine import Request, SamplingParams
 
-        self.body, self.lm, self.n = body, engine.lm, body.n or 1
+        self.body, self.lm, self.n = body, served(engine), body.n or 1
         require(body.top_logprobs is None or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
         self.calls = ToolCalls.asked_for(self.lm, body)
         tools = self.calls.tools if self.calls else []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from zero2hero.serve.errors import unsupported
 from zero2hero.serve.logprobs import TokenSpeller, completion_logprobs
-from zero2hero.serve.prompts import all_prompts, check_context, require, sampling_settings
+from zero2hero.serve.prompts import all_prompts, check_context, require, sampling_settings, served
 from zero2hero.serve.schema import PROMPTS, CompletionRequest
 from zero2hero.serve.worker import Worker
 
@@ -31,7 +31,7 @@ class Completion:
     def __init__(self, engine: Engine, body: CompletionRequest) -> None:
         from zero2hero.generate.engine import Request, SamplingParams
 
-        self.body, self.lm, self.n = body, engine.lm, body.n or 1
+        self.body, self.lm, self.n = body, served(engine), body.n or 1
         if body.best_of not in (None, self.n):
             raise unsupported("best_of", "other than n is not supported")
         prompts = all_prompts(self.lm, body.prompt)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
-from zero2hero.serve.prompts import all_prompts, check_context
+from zero2hero.serve.prompts import all_prompts, check_context, served
 from zero2hero.serve.schema import EmbeddingsRequest
 from zero2hero.serve.worker import Worker
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 async def embeddings(worker: Worker, body: EmbeddingsRequest) -> dict[str, Any]:
     """The answer; each text is read by itself, between two steps of those that are being written."""
-    lm = worker.engine.lm
+    lm = served(worker.engine)
     prompts = all_prompts(lm, body.input)
     check_context(lm, prompts, None)
     data = []
@@ -41,7 +41,8 @@ def mean_state(lm: LanguageModel, ids: list[int]) -> bytes:
     """The mean of the hidden states, of length 1, as little-endian fp32."""
     import torch
 
-    from zero2hero.generate.decode import checked_prompt, evaluating
+    from zero2hero.generate.reader import evaluating
+    from zero2hero.generate.request import checked_prompt
 
     ids = checked_prompt(lm.model, ids, 0)
     with torch.inference_mode(), evaluating(lm.model):

@@ -11,12 +11,13 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from zero2hero.serve.errors import ApiError
 from zero2hero.tokenizer.patterns import SpecialSplitter
 
 if TYPE_CHECKING:
+    from zero2hero.generate.engine import Engine
     from zero2hero.language_model import LanguageModel
     from zero2hero.serve.schema import ChatMessage, Sampling, Tool
     from zero2hero.tokenizer import Tokenizer
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 BYTES_PER_TOKEN = 8  # more than texts have; a text with more of them than the context is refused before it is encoded
 
 TOOL_CALL, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+
+
+def served(engine: Engine) -> LanguageModel:
+    """The model behind an engine: here always one with a tokenizer."""
+    return cast("LanguageModel", engine.lm)
 
 
 def text_ids(lm: LanguageModel, text: str) -> list[int]:
