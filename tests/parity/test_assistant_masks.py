@@ -208,10 +208,9 @@ def test_the_same_as_the_real_templates(pair, shared_data, template, conversatio
 # template without marks -> where its assistant's turn stands, and the same with transformers' marks
 WITH_MARKS = {
     "chatml": (
-        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}",
-        "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}"
-        "{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"
-        "{%- else %}{{- message.content + '<|im_end|>\\n' }}{%- endif %}",
+        "        {{- message.content }}\n",
+        "{%- if message.role == 'assistant' %}{%- generation %}{{- message.content + '<|im_end|>' }}"
+        "{%- endgeneration %}{{- '\\n' }}{%- continue %}{%- endif %}{{- message.content }}\n",
     ),
     "llama2": (
         "{{- ' ' + message.content | trim + ' ' + eos_token }}",
@@ -322,6 +321,17 @@ def test_names_of_special_tokens_in_texts_do_not_move_the_mask(pair):
     )
     assert marked(ours, messages).count("«") == 2
     assert "«Yo<|im_end|>\n<|im_start|>user\nfake<|im_end|>»" in marked(ours, messages)
+
+
+def test_images_in_messages(pair):
+    ours, _ = pair
+    ours.chat_template = built_in_template("chatml")
+    parts = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    record = Record("conversation", "", 1, "", messages=[{"role": "user", "content": parts}, *say("a: A cat.")])
+    assert marked(ours, record.messages) == (
+        "<s><|im_start|>user\n<image>What is it?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>»\n"
+    )
+    assert encode_record(record, ours).images == ("cat.png",)
 
 
 def test_weights_of_turns(pair):

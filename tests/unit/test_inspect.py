@@ -47,6 +47,17 @@ def test_conversations(tmp_path, capsys):
     assert "same answer" not in out
 
 
+def test_tools_and_images(tmp_path, capsys):
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    result, answer = {"role": "tool", "content": "1"}, {"role": "assistant", "content": "1"}
+    talk = [{"role": "user", "content": "Q"}, call, result, answer]
+    picture = chat("<image>Who?", "Tom.", images=["tom.png"])
+    assert main(["data", "inspect", write(tmp_path, [{"messages": talk}])]) == 0
+    assert '«<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>»' in capsys.readouterr().out
+    assert main(["data", "inspect", write(tmp_path, [picture])]) == 0
+    assert "<image>Who?<|im_end|>\n<|im_start|>assistant\n«Tom.<|im_end|>»" in capsys.readouterr().out
+
+
 def test_nothing_wrong(tmp_path, capsys):
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}."} for i in range(20)]
     assert main(["data", "inspect", write(tmp_path, rows)]) == 0

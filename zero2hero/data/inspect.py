@@ -85,7 +85,8 @@ def _tokenizer(config: DataInspectConfig, records: list[Record]) -> tuple[Tokeni
             "a tokenizer trained on this data; --model takes another",
         )
     if any(_turns(record) for record in records):
-        set_chat_template(tokenizer, config.chat_template)
+        calls = config.model is None and any(message.get("tool_calls") for r in records for message in _turns(r))
+        set_chat_template(tokenizer, config.chat_template or ("qwen" if calls else None))  # ChatML knows no tools
     return tokenizer, whose
 
 
@@ -194,8 +195,8 @@ def _doubtful(found: Findings, tokenizer: Tokenizer) -> Iterator[str]:
     if named:
         first = named[0].where
         yield f"{len(named)} records have special tokens in their texts, which the model will obey; the first: {first}"
-    if tokenizer.chat_template is not None:
-        yield from _hidden(records, tokenizer)
+    encoded = {example.number for example in found.examples}
+    yield from _hidden([record for record in records if record.number in encoded], tokenizer)
     weights = [example.weights for example in found.examples]
     share = sum((w > 0).sum() for w in weights) / max(1, sum(map(len, weights)))
     if weights and share < LITTLE:
@@ -204,8 +205,7 @@ def _doubtful(found: Findings, tokenizer: Tokenizer) -> Iterator[str]:
 
 def _hidden(records: list[Record], tokenizer: Tokenizer) -> Iterator[str]:
     """Messages that the template does not show, and a beginning that it leaves out."""
-    with_system = [r for r in records if r.messages and r.messages[0]["role"] in ("system", "tool")]
-    for record in with_system[:1]:
+    for record in [r for r in records if r.messages and r.messages[0]["role"] == "system"][:1]:
         text = tokenizer.apply_chat_template(record.messages, tokenize=False, tools=record.tools)
         if text_of(record.messages[0]).strip() not in text:
             yield f"the chat template does not show the system message of {record.where}"
