@@ -50,7 +50,6 @@ def ours(folder: str) -> dict[str, float]:
     from zero2hero.tune import LoraConfig, add_lora
 
     machine.prepare()
-    machine.keep_memory(False)
     before, start = resident("RssAnon"), time.perf_counter()
     model: Any = from_pretrained(folder, load_in_4bit=True)
     loading = time.perf_counter() - start
@@ -60,6 +59,7 @@ def ours(folder: str) -> dict[str, float]:
     loaded = resident("RssAnon") - before
     add_lora(model, LoraConfig(r=RANK, lora_alpha=2 * RANK))
     checkpoint_blocks(model)
+    machine.keep_memory(False)  # as train/run.py does
     config = TrainConfig(
         max_steps=STEPS, per_device_train_batch_size=1, max_length=LENGTH, optim="adamw", gradient_checkpointing=True,
         learning_rate=1e-4, logging_steps=1,

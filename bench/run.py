@@ -16,6 +16,7 @@ BENCHMARKS = (
     "muon",
     "loss_head",
     "memory",
+    "qlora",
     "generation",
     "serve",
     "checkpoint",

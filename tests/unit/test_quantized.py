@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_a_module_is_a_linear_map_with_its_dequantized_weight(module, size):
     grads = [torch.autograd.grad(out.square().sum(), (x, bias)) for out in (y, expected)]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_in_several_threads_do_not_share_their_scratch():
+    weights = [torch.randn(96, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    modules = [Linear4bit(nf4.quantize(weight)) for weight in weights]
+    x = torch.eye(64)
+
+    def wrong(module: Linear4bit) -> int:
+        expected = module.dequantize().t()
+        return sum(not torch.equal(module(x), expected) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(wrong, modules)) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])

@@ -136,6 +136,8 @@ def _read_tensors(
                 if quantize is not None and name in may_be:
                     quantized[name] = quantize(value)
                     continue
+                if quantize is not None:  # the file, much larger than what is kept, need not stay mapped
+                    value = value.clone()
                 before = source.setdefault(first[name], stored)
                 kept = state.setdefault(first[name], value)
                 if kept is not value and not torch.equal(kept, value):

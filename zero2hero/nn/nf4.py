@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import threading
 from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
@@ -99,17 +100,33 @@ def _codes(blocks: Tensor, reciprocals: Tensor, bounds: Tensor) -> Tensor:
     return codes[:, ::2] << 4 | codes[:, 1::2]
 
 
-def dequantize(w: NF4, dtype: torch.dtype) -> Tensor:
-    """The weights that the codes stand for, of their shape."""
+def dequantize(w: NF4, dtype: torch.dtype, borrowed: bool = False) -> Tensor:
+    """The weights that the codes stand for, of their shape.
+
+    `borrowed`: for one product at once; on a CPU the next call of this thread writes into the same memory. Memory that
+    is asked for anew costs the system about as much as the decoding.
+    """
     if torch.compiler.is_compiling():
         return _dequantize_when_compiled(w.codes, w.absmax, w.nested_absmax, w.offset, list(w.shape), dtype)
     scales, code = w.scales, nf4_code(w.codes.device)
     if native.usable(scales) and dtype in (torch.float32, torch.bfloat16):
-        return native.nf4_decode(w.codes, scales, code, torch.empty(w.shape, dtype=dtype))
+        out = _scratch(math.prod(w.shape), dtype).view(w.shape) if borrowed else torch.empty(w.shape, dtype=dtype)
+        return native.nf4_decode(w.codes, scales, code, out)
     if w.codes.is_cuda and (kernel := _bitsandbytes()):
         return kernel(w.codes, scales, BLOCK, "nf4", w.shape, dtype)
     make = _compiled() if w.codes.is_cuda else _weights
     return make(w.codes, scales, code, dtype)[: math.prod(w.shape)].view(w.shape)
+
+
+_of_thread = threading.local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """This thread's memory for so many numbers: as much as its largest matrix has needed."""
+    kept = getattr(_of_thread, "kept", None)
+    if kept is None or kept.dtype != dtype or len(kept) < count:
+        _of_thread.kept = kept = torch.empty(count, dtype=dtype)
+    return kept[:count]
 
 
 @torch.library.custom_op("zero2hero::dequantize_nf4", mutates_args=())

@@ -117,7 +117,7 @@ class Linear4bit(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         shape, *stored = self.quantized
-        y = _Frozen.apply(x, lambda dtype, *stored: nf4.dequantize(NF4(shape, *stored), dtype), *stored)
+        y = _Frozen.apply(x, lambda dtype, *stored: nf4.dequantize(NF4(shape, *stored), dtype, True), *stored)
         return y if self.bias is None else y + self.bias
 
 

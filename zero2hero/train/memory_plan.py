@@ -111,6 +111,7 @@ def predict(run: Run) -> Plan:
     always: Moment = {
         "weights": weight_bytes(run) + FP32 * learning * separate + averages,
         "optimizer": optimizer_bytes(run),
+        "workspace": dequantized_bytes(run),
     }
     complete = learning * FP32  # gradients after the way back; they stay until the next one begins
     before = complete if separate else 0
@@ -136,9 +137,7 @@ def predict(run: Run) -> Plan:
             {"gradients": complete + waiting * (1 + separate), "workspace": inputs},
         ),
         "update": _sum(always, {"gradients": complete, "workspace": update_bytes(run)}),
-        "evaluation": _sum(
-            always, {"gradients": complete, "workspace": averages + dequantized_bytes(run)}, evaluation_bytes(run)
-        ),
+        "evaluation": _sum(always, {"gradients": complete, "workspace": averages}, evaluation_bytes(run)),
         "sampling": _sum(always, {"gradients": complete, "workspace": averages + laid_out}),
     }  # fmt: skip
     return Plan(moments)
@@ -360,12 +359,12 @@ def backward_bytes(run: Run) -> float:
         return N * b * max(feedforward, attention) + D * F * b * (1 if b == FP32 else 2)
     if run.method == "lora":  # no gradient of a weight, but of the projections that are computed together the stack
         return N * b * max(feedforward, attention) + (2 if gated else 1) * D * F * b
-    # a matrix in full; and the adapter's own way back: the gradient times its scale, and its part of the input's
-    return N * b * (max(feedforward, attention) + F + D) + dequantized_bytes(run)
+    # the adapter's own way back: the gradient times its scale, and its part of the input's
+    return N * b * (max(feedforward, attention) + F + D)
 
 
 def dequantized_bytes(run: Run) -> float:
-    """The largest quantized matrix in full, for one product."""
+    """The largest quantized matrix in full, for one product after another."""
     return run.number * max(rows * columns for rows, columns in matrices(run.shape)) * (run.method == "qlora")
 
 
