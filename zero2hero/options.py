@@ -8,6 +8,7 @@ from typing import Any
 
 from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, TrainConfig, at_least, one_of
 from zero2hero.errors import UserError
+from zero2hero.tuning_configs import tuning_defaults
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class PlanFinetuneConfig:
     tokens_per_example: int = 0  # on average, for the time; 0: as many as fill a row
     precision: str = "auto"
     device: str = "auto"
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(optim="adamw", per_device_train_batch_size=8, max_length=1024)
-    )
+    train: TrainConfig = field(default_factory=tuning_defaults)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "lora_r")

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from zero2hero.cli import main
+from zero2hero.cli import VERBS, main
+from zero2hero.command_line import parse
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.errors import UserError
 from zero2hero.models import Decoder
@@ -84,8 +85,12 @@ def test_the_command_says_what_was_planned(folder):
     assert typed[0] == (f"zero2hero sft --model {folder} --data DATA.jsonl --method full "
                         "--train.per_device_train_batch_size 1 --train.max_length 512 --train.optim adamw "
                         "--precision bf16")  # fmt: skip
-    assert "--lora.r 16" in typed[5]
-    assert "--train.gradient_checkpointing true" in typed[5]
+    for words, way in zip(typed, ways(planned(folder))):
+        said = parse("sft", VERBS["sft"], words.split()[2:])
+        assert (said.method, said.precision, said.model) == (way.method, "bf16", str(folder))
+        assert said.lora.r == 16
+        for name in ("max_length", "per_device_train_batch_size", "optim", "gradient_checkpointing"):
+            assert getattr(said.train, name) == getattr(way.train, name)
 
 
 def test_from_the_command_line(folder, capsys):

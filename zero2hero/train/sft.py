@@ -10,6 +10,7 @@ Dettmers et al. 2023, arXiv 2305.14314), or every weight.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zero2hero.config import DecoderConfig
 from zero2hero.data.cache import split_documents, tokenize_to_cache
 from zero2hero.data.conversations import Record, read_records
 from zero2hero.data.examples import Encoded, encode_records
@@ -35,6 +37,8 @@ from zero2hero.models.decoder import Decoder
 from zero2hero.progress import human_count
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.templates import set_chat_template
+from zero2hero.train.memory import planned_run
+from zero2hero.train.memory_plan import Run as PlannedRun
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.pretrain import evaluation, language_objective
 from zero2hero.train.run import Place, Sample, Task, micro_batches, run, steps_of
@@ -95,7 +99,18 @@ def _begin(config: SftConfig, place: Place) -> Task:
         made_with={"tokenizer": tokenizer.fingerprint, "base": str(folder)},
         facts={"vocab_size": shape.vocab_size},
         flops_per_token=lambda _: shape.training_flops_per_token(max_length) * products,
+        planned=planned_memory(config, shape, max_length, place),
     )  # fmt: skip
+
+
+def planned_memory(config: SftConfig, shape: DecoderConfig, max_length: int, place: Place) -> PlannedRun | None:
+    """The run as its memory is predicted; None where it is not one of those that `plan finetune` knows."""
+    lora, train = config.lora, dataclasses.replace(config.train, max_length=max_length, length_schedule=[])
+    usual = lora.target_modules == "all-linear" and not (lora.rank_pattern or lora.exclude_modules or lora.use_dora)
+    known = (not config.freeze) if config.method == "full" else usual
+    if shape.moe.num_experts or not known:
+        return None
+    return planned_run(shape, train, place.dtype, place.device, config.method, lora.r)
 
 
 # --- the model ----------------------------------------------------------------------------------------------
