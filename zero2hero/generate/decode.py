@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zero2hero.generate.engine import Engine, Event, Request
 from zero2hero.generate.pages import PAGE
+from zero2hero.generate.request import params_of
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.models.decoder import Decoder
 from zero2hero.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def events(
     for number, prompt in enumerate(prompts):
         vectors = None if embeddings is None else embeddings[number]
         for sample in range(copies):
-            request = Request(prompt, config.params, sample=sample, embeddings=vectors)
+            request = Request(prompt, params_of(config), sample=sample, embeddings=vectors)
             rows[engine.submit(request)] = len(rows)
     while engine.waiting or engine.running:
         for event in engine.step():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from zero2hero.errors import UserError
-from zero2hero.generate.sampling import draw_number, random_stream, require_integer, require_number
+from zero2hero.generate.sampling import SamplingConfig, draw_number, random_stream, require_integer, require_number
 from zero2hero.generate.text_stream import TextStream
 from zero2hero.models.decoder import Decoder
 
@@ -106,6 +106,15 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5  # a number that logits can still be divided by
+
+
+def params_of(config: SamplingConfig) -> SamplingParams:
+    """The same settings for each single text."""
+    return SamplingParams(
+        max_new_tokens=config.max_new_tokens, temperature=0 if config.greedy else config.temperature,
+        top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+        stop=config.stop, seed=config.seed,
+    )  # fmt: skip
 
 
 @dataclass

@@ -18,15 +18,11 @@ import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zero2hero.errors import UserError
-
-if TYPE_CHECKING:
-    from zero2hero.generate.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,6 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, rather than one drawn."""
         return not (self.temperature > 0 if self.do_sample is None else self.do_sample)
-
-    @property
-    def params(self) -> SamplingParams:
-        """The same for each single text."""
-        from zero2hero.generate.request import SamplingParams
-
-        return SamplingParams(
-            max_new_tokens=self.max_new_tokens, temperature=0 if self.greedy else self.temperature, top_k=self.top_k,
-            top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty, stop=self.stop,
-            seed=self.seed,
-        )  # fmt: skip
 
 
 def require_integer(name: str, value: object, least: int) -> None:
