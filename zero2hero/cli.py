@@ -239,7 +239,7 @@ VERBS = {
     ),
     "plan finetune": Verb(
         "Show which ways of fine-tuning a model fit this machine, how long they take, and what to type.",
-        "zero2hero.options:PlanFinetuneConfig",
+        "zero2hero.tuning_configs:PlanFinetuneConfig",
         "zero2hero.plan.finetune:run",
         (
             "zero2hero plan finetune runs/quickstart",

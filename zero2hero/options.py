@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, TrainConfig, at_least, one_of
+from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, at_least, one_of
 from zero2hero.errors import UserError
-from zero2hero.tuning_configs import tuning_defaults
 
 
 @dataclass(frozen=True)
@@ -29,24 +28,6 @@ class PlanLearningRateConfig(PretrainConfig):
             raise UserError("plan lr reads text that it stores: leave out --streaming and give it a part of the data")
         if self.train.learning_rate == 0:
             raise UserError("train.learning_rate 0 trains nothing, so there is nothing to plan")
-
-
-@dataclass(frozen=True)
-class PlanFinetuneConfig:
-    """`zero2hero plan finetune MODEL`."""
-
-    model: str  # a folder with a config.json, or a hub id; no weights are needed
-    data: str = "DATA.jsonl"  # for the command that is shown
-    lora_r: int = 16  # rank of an adapter
-    tokens_per_example: int = 0  # on average, for the time; 0: as many as fill a row
-    precision: str = "auto"
-    device: str = "auto"
-    train: TrainConfig = field(default_factory=tuning_defaults)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "lora_r")
-        at_least(self, 0, "tokens_per_example")
-        one_of(self, "precision", PRECISIONS)
 
 
 @dataclass(frozen=True)

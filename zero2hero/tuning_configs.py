@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zero2hero.config import RunConfig, TrainConfig, one_of
+from zero2hero.config import PRECISIONS, RunConfig, TrainConfig, at_least, one_of
 from zero2hero.errors import UserError
 from zero2hero.tune.config import LoraConfig
 
@@ -59,3 +59,21 @@ class SftConfig(RunConfig):
             raise UserError(f"freeze is for --method full: {self.method} trains the adapter alone")
         if self.exact_match < 0:
             raise UserError(f"exact_match must be at least 0, not {self.exact_match}")
+
+
+@dataclass(frozen=True)
+class PlanFinetuneConfig:
+    """`zero2hero plan finetune MODEL`."""
+
+    model: str  # a folder with a config.json, or a hub id; no weights are needed
+    data: str = "DATA.jsonl"  # for the command that is shown
+    lora_r: int = 16  # rank of an adapter
+    tokens_per_example: int = 0  # on average, for the time; 0: as many as fill a row
+    precision: str = "auto"
+    device: str = "auto"
+    train: TrainConfig = field(default_factory=tuning_defaults)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "lora_r")
+        at_least(self, 0, "tokens_per_example")
+        one_of(self, "precision", PRECISIONS)

@@ -12,10 +12,10 @@ from zero2hero.command_line import parse
 from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.errors import UserError
 from zero2hero.models import Decoder
-from zero2hero.options import PlanFinetuneConfig
 from zero2hero.plan.finetune import command, flops_per_token, page, read_shape, ways
 from zero2hero.train.memory_plan import NF4, Run, learning_counts, predict, weight_bytes, weight_counts
 from zero2hero.tune import LoraConfig, add_lora, quantize_nf4
+from zero2hero.tuning_configs import PlanFinetuneConfig
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 8,
          "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816}  # fmt: skip

@@ -23,12 +23,12 @@ from zero2hero.errors import UserError
 from zero2hero.fetch import find_folder
 from zero2hero.models.checkpoint import read_json
 from zero2hero.models.families import family_of_config
-from zero2hero.options import PlanFinetuneConfig
 from zero2hero.progress import human_bytes, human_count
 from zero2hero.train.memory import planned_run
 from zero2hero.train.memory_advice import free_memory, needing_less
 from zero2hero.train.memory_plan import METHODS, NF4, Run, learning_counts, predict, weight_counts
 from zero2hero.train.run import choose_precision
+from zero2hero.tuning_configs import PlanFinetuneConfig
 
 EXAMPLES = 1000
 SHARE = 0.6  # of the measured products' speed that a training step reaches; bench/training.py and bench/qlora.py
