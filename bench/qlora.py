@@ -1,6 +1,6 @@
 """QLoRA of 1.2 billion weights: peak memory against what is predicted, and tokens/s against bitsandbytes with PEFT.
 
-    python bench/qlora.py            # about ten minutes and 3 GB of disk
+    python bench/qlora.py            # about five minutes and 3 GB of disk
     python bench/qlora.py --kernels  # only: a matrix from NF4 to numbers, ours against bitsandbytes'
 
 A random Llama (its vocabulary small, so that the matrices are what weighs) is written to a temporary folder in bf16.

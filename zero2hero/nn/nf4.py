@@ -6,8 +6,8 @@ Each block of 64 weights is divided by its largest, which is kept beside the cod
 Double quantization (section 3) keeps these in 8 bits, less their mean, in blocks of 256: 4.127 bits.
 
 Codes and scales are bitsandbytes', bit for bit. What makes the weights again is a kernel of native/fused.c on a CPU,
-and on a GPU bitsandbytes' where it is installed, or else the definition below, compiled. On a CPU ours is the faster
-one (bench/qlora.py), and bitsandbytes 0.50 goes wrong there where a row does not hold whole blocks.
+and on a GPU bitsandbytes' where it is installed, or else the definition below, compiled. Its kernel for CPUs is about
+as fast as ours (bench/qlora.py), but goes wrong where a row does not hold whole blocks (version 0.50).
 """
 
 from __future__ import annotations
