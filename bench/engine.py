@@ -5,13 +5,14 @@
 The model and its weights are those of bench/generation.py (12.2M parameters, random). *Ragged*: 64 requests whose
 lengths are geometric with mean 64, cut at 256, greedy, all sent at once; useful tokens per second. transformers runs as
 a padded static batch, which writes as many tokens for each as for the longest, and with its continuous batching.
-*Copying*: the model writes one token after the other in the order of their ids; one prompt holds all it will write,
-the other does not. With and without prompt lookup; "faster by" is then against without.
+*Copying*: a model that always writes the next id; one prompt holds all it will write, the other does not; and the
+random model, which repeats itself now and then. With and without prompt lookup; "faster by" is then against without.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import statistics
 from collections.abc import Callable
@@ -114,19 +115,25 @@ def ragged(ours: Any, theirs: Any, rounds: int) -> list[dict[str, Any]]:
 
 
 def copying(model: Any, rounds: int) -> list[dict[str, Any]]:
-    """Prompt lookup against no lookup."""
+    """Prompt lookup against no lookup. Without its blocks' outputs the model writes the next id, always."""
     from zero2hero.generate.engine import Engine, Request, SamplingParams
     from zero2hero.generate.speculative import PromptLookup
 
-    numbers = random.Random(1)
-    start = numbers.randrange(4096)
-    copied = [(start + i) % 4096 for i in range(160)]  # the prompt holds what will be written
-    prompts = {"text that copies its prompt": [*copied, *copied[:8]], "text that does not repeat": [start]}
+    counting = copy.deepcopy(model)
+    for block in counting.layers:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    copied = [500 + i for i in range(160)]  # the prompt holds what will be written
+    cases = {
+        "text that copies its prompt": (counting, [*copied, *copied[:8]]),
+        "text that does not": (counting, [500]),
+        "random text": (model, [500]),
+    }
     results = []
-    for what, prompt in prompts.items():
+    for what, (writing, prompt) in cases.items():
 
-        def write(drafter: Any, prompt: list[int] = prompt) -> list[int]:
-            engine = Engine(writer(model), max_batch_size=1, drafter=drafter)
+        def write(drafter: Any, writing: Any = writing, prompt: list[int] = prompt) -> list[int]:
+            engine = Engine(writer(writing), max_batch_size=1, drafter=drafter)
             return engine.run([Request(prompt, SamplingParams(temperature=0, max_new_tokens=128))])[0].output_ids
 
         assert write(None) == write(PromptLookup())

@@ -105,18 +105,21 @@ static void softmax(float *restrict p, i64 n) {
 
 /* y[t, r] = w[r] . x[t] for R rows of weights [R, n] and T rows of x [T, n], constants both. y's rows are `apart`. */
 INLINE void NAME(tile)(const int R, const int T, const REAL *w, const float *x, i64 n, float *y, i64 apart) {
-    vec sums[8][8], a[8];
+    vec sums[4][8], a[4];
     i64 i = 0;
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) sums[r][t] = (vec){0};
     for (; i + 16 <= n; i += 16) {
-        UNROLL for (int r = 0; r < R; r++) a[r] = NAME(vec)(w + r * n + i);
+        UNROLL for (int r = 0; r < R; r++) {
+            a[r] = NAME(vec)(w + r * n + i);
+            __builtin_prefetch(w + (R + r) * n + i); /* the next rows, early enough */
+        }
         UNROLL for (int t = 0; t < T; t++) {
             vec b = vec_fp32(x + t * n + i);
             UNROLL for (int r = 0; r < R; r++) sums[r][t] += a[r] * b;
         }
     }
     if (i < n) { /* the rest, filled up with zeros */
-        REAL rest_w[8][16] = {{0}};
+        REAL rest_w[4][16] = {{0}};
         float rest_x[8][16] = {{0}};
         for (int r = 0; r < R; r++) memcpy(rest_w[r], w + r * n + i, (n - i) * sizeof(REAL));
         for (int t = 0; t < T; t++) memcpy(rest_x[t], x + t * n + i, (n - i) * sizeof(float));
@@ -132,10 +135,7 @@ static void NAME(product)(const REAL *w, const REAL *bias, const float *x, i64 n
         const REAL *at = w + r * n;
         float *out = y + r;
         i64 t = 0, R = rows - r >= 4 ? 4 : 1;
-        if (N == 1 && rows - r >= 8) {
-            R = 8;
-            NAME(tile)(8, 1, at, x, n, out, apart);
-        } else if (R == 4) {
+        if (R == 4) {
             for (; t + TOKENS <= N; t += TOKENS) NAME(tile)(4, TOKENS, at, x + t * n, n, out + t * apart, apart);
             for (; t + 2 <= N; t += 2) NAME(tile)(4, 2, at, x + t * n, n, out + t * apart, apart);
             if (t < N) NAME(tile)(4, 1, at, x + t * n, n, out + t * apart, apart);
