@@ -57,12 +57,30 @@ def git_commit() -> str | None:
         return None
 
 
+def _from_root(word: str) -> str:
+    """A path as it is written at the project's root: a record names no folder of the machine that made it."""
+    return os.path.relpath(word, ROOT) if os.path.isabs(word) else word
+
+
+def steady_rate(step: Callable[[], object], tokens: int, seconds: float) -> float:
+    """Tokens per second by the median of steps, for at least `seconds` after three to warm up."""
+    for _ in range(3):
+        step()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return tokens / statistics.median(times)
+
+
 def record(name: str, results: Any, **more: Any) -> Path:
     """Write bench/results/NAME.json: the results, and everything needed to judge and repeat them."""
     content = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_from_root, sys.argv)]),
         "commit": git_commit(),
         "machine": machine_info(),
         **more,

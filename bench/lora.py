@@ -13,9 +13,8 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
-from common import record, table
+from common import record, steady_rate, table
 
 VOCABULARY, LENGTH, ROWS, RANK = 4096, 256, 8, 16
 SHAPE = {
@@ -33,15 +32,7 @@ def worker(name: str, seconds: float) -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1))
     step = (_ours if name.startswith("ours") else _peft)(name, ids)
-    times = []
-    for _ in range(3):
-        step()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(json.dumps({"tokens_per_second": ROWS * LENGTH / statistics.median(times)}))
+    print(json.dumps({"tokens_per_second": steady_rate(step, ROWS * LENGTH, seconds)}))
 
 
 def _ours(name: str, ids):

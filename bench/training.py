@@ -13,9 +13,8 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
-from common import record, table
+from common import record, steady_rate, table
 
 SHAPES = {"d384 L6": (384, 6, 6), "d128 L4": (128, 4, 4)}  # width, layers, heads
 VOCABULARY, LENGTH, ROWS = 4096, 256, 16
@@ -30,15 +29,7 @@ def worker(name: str, shape: str, seconds: float) -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1))
     step = (_ours if name.startswith("ours") else _transformers)(name, *SHAPES[shape], ids)
-    times = []
-    for _ in range(3):
-        step()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(json.dumps({"tokens_per_second": ROWS * LENGTH / statistics.median(times)}))
+    print(json.dumps({"tokens_per_second": steady_rate(step, ROWS * LENGTH, seconds)}))
 
 
 def _shape(width: int, layers: int, heads: int) -> dict[str, int]:
