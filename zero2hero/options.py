@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, at_least, one_of
+from zero2hero.config import PRECISIONS, TOKENIZER_KINDS, PretrainConfig, at_least, below, one_of
 from zero2hero.errors import UserError
 
 
@@ -136,6 +136,11 @@ class ServeConfig:
     metrics: bool = False  # counts in Prometheus' format at /metrics
     device: str = "auto"
     dtype: str | None = None  # fp32 or bf16; as stored by default
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "port")
+        below(self, 65536, "port")
+        at_least(self, 1, "max_batch_size", "max_waiting")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
@@ -40,6 +41,27 @@ if TYPE_CHECKING:
     from zero2hero.generate.engine import Engine
 
 
+@dataclass(frozen=True)
+class Served:
+    """The one model that is served, and what clients call it."""
+
+    worker: Worker
+    name: str
+    started: int  # seconds since 1970
+
+    def check_name(self, asked: str) -> None:
+        """A model's name is compared with the one that there is, and never opened."""
+        self.worker.engine  # noqa: B018 (503 while there is none)
+        if asked != self.name:
+            message = f"there is no model {asked[:80]!r} here; /v1/models lists what there is"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def card(self) -> dict[str, Any]:
+        context = served(self.worker.engine).model.config.max_position_embeddings
+        about = {"id": self.name, "object": "model", "created": self.started, "owned_by": "zero2hero"}
+        return about | {"max_model_len": context}
+
+
 def create_app(load: Callable[[], Engine], name: str, key: str | None = None, with_metrics: bool = False) -> FastAPI:
     """The application, its gate included.
 
@@ -51,7 +73,6 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
     """
     metrics = Metrics()
     worker = Worker(load, metrics)
-    started = int(time.time())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,90 +89,9 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
     app.add_middleware(Gate, key=key, metrics=metrics)
     explain_errors(app)
     _describe_errors(app)
-
-    def check_name(asked: str) -> None:
-        """A model's name is compared with the one that there is, and never opened."""
-        worker.engine  # noqa: B018 (503 while there is none)
-        if asked != name:
-            message = f"there is no model {asked[:80]!r} here; /v1/models lists what there is"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    def card() -> dict[str, Any]:
-        context = served(worker.engine).model.config.max_position_embeddings
-        return {"id": name, "object": "model", "created": started, "owned_by": "zero2hero", "max_model_len": context}
-
-    # ---------------------------------------------------------------- models
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """200 when the model is ready, 503 while it is being loaded."""
-        worker.engine  # noqa: B018 (503 while there is none)
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [card()]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        check_name(model)
-        return card()
-
-    # ---------------------------------------------------------------- texts
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
-        check_name(body.model)
-        work = await asyncio.to_thread(Completion, worker.engine, body)
-        return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
-        check_name(body.model)
-        work = await asyncio.to_thread(Chat, worker.engine, body)
-        return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
-
-    @app.post("/v1/responses")
-    async def responses(body: ResponsesRequest) -> Response:
-        check_name(body.model)
-        work = await asyncio.to_thread(TextResponse, worker.engine, body)
-        if body.stream:
-            return Answer(chunks=work.chunks(worker), named_events=True)
-        return Answer(lambda: work.whole(worker))
-
-    @app.post("/v1/embeddings")
-    async def embed(body: EmbeddingsRequest) -> Response:
-        check_name(body.model)
-        return Answer(lambda: embeddings(worker, body))
-
-    # ---------------------------------------------------------------- the tokenizer, for programs that score texts
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        """The ids of a text, in which special tokens are text; a special token alone asks for its id."""
-        lm = served(worker.engine)
-        check_size(lm, len(body.prompt.encode()))
-        is_text = lm.tokenizer.token_to_id(body.prompt) not in lm.tokenizer.all_special_ids
-        ids = await asyncio.to_thread(lm.tokenizer.encode, body.prompt, body.add_special_tokens, is_text)
-        return {"tokens": ids, "count": len(ids), "max_model_len": lm.model.config.max_position_embeddings}
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        tokenizer = served(worker.engine).tokenizer
-        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)}
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        lm = served(worker.engine)
-        ends = [lm.tokenizer.id_to_token(i) for i in sorted(lm.eos_ids)]
-        special = {role: lm.tokenizer.special_token(role) for role in ("bos_token", "pad_token", "unk_token")}
-        return special | {
-            "eos_token": lm.tokenizer.special_token("eos_token") or next(iter(ends), None),
-            "vocab_size": lm.tokenizer.vocab_size,
-            "chat_template": lm.tokenizer.chat_template,
-        }
-
+    model = Served(worker, name, int(time.time()))
+    for add in (_add_models, _add_texts, _add_tokenizer):
+        add(app, model)
     if with_metrics:
 
         @app.get("/metrics")
@@ -159,6 +99,82 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
             return PlainTextResponse(metrics.text(worker.engine.counters), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _add_models(app: FastAPI, it: Served) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """200 when the model is ready, 503 while it is being loaded."""
+        it.worker.engine  # noqa: B018 (503 while there is none)
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [it.card()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        it.check_name(model)
+        return it.card()
+
+
+def _add_texts(app: FastAPI, it: Served) -> None:
+    worker = it.worker
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest) -> Response:
+        it.check_name(body.model)
+        work = await asyncio.to_thread(Completion, worker.engine, body)
+        return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest) -> Response:
+        it.check_name(body.model)
+        work = await asyncio.to_thread(Chat, worker.engine, body)
+        return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest) -> Response:
+        it.check_name(body.model)
+        work = await asyncio.to_thread(TextResponse, worker.engine, body)
+        if body.stream:
+            return Answer(chunks=work.chunks(worker), named_events=True)
+        return Answer(lambda: work.whole(worker))
+
+    @app.post("/v1/embeddings")
+    async def embed(body: EmbeddingsRequest) -> Response:
+        it.check_name(body.model)
+        return Answer(lambda: embeddings(worker, body))
+
+
+def _add_tokenizer(app: FastAPI, it: Served) -> None:
+    """The tokenizer's routes, for programs that score texts."""
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The ids of a text, in which special tokens are text; a special token alone asks for its id."""
+        lm = served(it.worker.engine)
+        check_size(lm, len(body.prompt.encode()))
+        is_text = lm.tokenizer.token_to_id(body.prompt) not in lm.tokenizer.all_special_ids
+        ids = await asyncio.to_thread(lm.tokenizer.encode, body.prompt, body.add_special_tokens, is_text)
+        return {"tokens": ids, "count": len(ids), "max_model_len": lm.model.config.max_position_embeddings}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        tokenizer = served(it.worker.engine).tokenizer
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        lm = served(it.worker.engine)
+        ends = [lm.tokenizer.id_to_token(i) for i in sorted(lm.eos_ids)]
+        special = {role: lm.tokenizer.special_token(role) for role in ("bos_token", "pad_token", "unk_token")}
+        return special | {
+            "eos_token": lm.tokenizer.special_token("eos_token") or next(iter(ends), None),
+            "vocab_size": lm.tokenizer.vocab_size,
+            "chat_template": lm.tokenizer.chat_template,
+        }
 
 
 def _describe_errors(app: FastAPI) -> None:
