@@ -175,7 +175,8 @@ def small_figure(
 
 
 # file name in plots/ (without .png) -> function of (metrics, config.json, theme)
-FIGURES: dict[str, Draw] = {"loss": loss_figure, "scores": scores_figure}
+FIGURES: dict[str, Draw] = {"loss": loss_figure}
+SCORES: dict[str, Draw] = {"scores": scores_figure}
 HEALTH: dict[str, Draw] = {
     "gradient_norm": gradient_figure,
     "update_ratio": update_figure,

@@ -144,6 +144,8 @@ def curves(run: Run) -> Section | None:
     """The figures of the run's course."""
     try:
         shown = pictures(run, plots.FIGURES)
+        if scores := pictures(run, plots.SCORES):
+            shown += f'<div class="small">{scores}</div>'
     except ImportError:
         hint = "Curves need matplotlib: <code>pip install 'zero2hero[train]'</code>, then write this page again."
         shown = f'<p class="quiet">{hint}</p>'
