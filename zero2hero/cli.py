@@ -292,7 +292,8 @@ def _find_verb(words: list[str]) -> str:
             return name
     inner = [name for name in VERBS if name.split()[0] == words[0]]
     if inner:
-        raise UserError(f"say what to do: {', '.join(f'zero2hero {name}' for name in inner)}")
+        near = did_you_mean(" ".join(words[:2]), inner)
+        raise UserError(f"say what to do: {', '.join(f'zero2hero {name}' for name in inner)}.{near}")
     raise UserError(f"there is no verb '{words[0]}'.{did_you_mean(words[0], VERBS)} `zero2hero --help` lists them all.")
 
 

@@ -30,7 +30,7 @@ An adapter in {chat} makes it answer questions; PEFT opens that.
 
   look at both   {directory}/report.html and {chat}/report.html in a browser
   let it write   zero2hero generate {directory} "One day, a little fox"
-  talk with it   zero2hero chat {chat}      (try: What is 7 + 5?)
+  talk with it   zero2hero chat {chat}      (tell it a story and ask about it, or ask a sum)
   the same, in Python
                  import zero2hero as z2h
                  print(z2h.load("{directory}").generate("One day, a little fox"))

@@ -25,18 +25,8 @@ from zero2hero.progress import human_count, track
 from zero2hero.task_configs import FillMaskConfig
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.objectives import masked_lm
-from zero2hero.train.run import Place, Task, micro_batches, run, steps_of
+from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
 from zero2hero.train.text_tasks import encoder, save_model
-
-
-def train(config: FillMaskConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: FillMaskConfig, place: Place) -> Task:
@@ -72,6 +62,9 @@ def _begin(config: FillMaskConfig, place: Place) -> Task:
         made_with={"tokenizer": tokenizer.fingerprint, "data": source.fingerprint},
         facts={"vocab_size": model.config.vocab_size},
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 def pieces(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[np.ndarray]:

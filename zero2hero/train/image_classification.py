@@ -40,7 +40,7 @@ from zero2hero.train.image_tasks import (
     shuffled_rows,
 )
 from zero2hero.train.objectives import classification
-from zero2hero.train.run import Place, Task, micro_batches, run, steps_of
+from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,6 @@ class ImageBatch:
 
     def to(self, device: Any) -> ImageBatch:
         return ImageBatch(self.pixels_BCHW.to(device), self.labels.to(device), self.tokens)
-
-
-def train(config: ImageClassificationConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: ImageClassificationConfig, place: Place) -> Task:
@@ -120,6 +110,9 @@ def _begin(config: ImageClassificationConfig, place: Place) -> Task:
         facts={"vocab_size": len(names)},
         flops_per_token=flops_per_token(model, objective, batch(0)),
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 @torch.no_grad()

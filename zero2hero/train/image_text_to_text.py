@@ -15,7 +15,6 @@ would write exactly this answer. So one pass over the texts tells what writing t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from zero2hero.tokenizer.tokenizer import SPECIAL_TOKENS
 from zero2hero.train import predictions
 from zero2hero.train.image_tasks import Pixels, chunks, flops_per_token, open_sides, processor_for, save_model
 from zero2hero.train.objectives import vision_language_lm
-from zero2hero.train.run import Place, Task, micro_batches, run, steps_of
+from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
 
 IMAGE = "<image>"
 TEMPLATE = """{% for message in messages %}\
@@ -74,16 +73,6 @@ class SeeingBatch:
     def to(self, device: Any) -> SeeingBatch:
         ids, targets, pixels = (torch.as_tensor(x).to(device) for x in (self.ids_BT, self.targets_BT, self.pixels_ICHW))
         return SeeingBatch(ids, targets, pixels)
-
-
-def train(config: ImageTextConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: ImageTextConfig, place: Place) -> Task:
@@ -154,6 +143,9 @@ def _begin(config: ImageTextConfig, place: Place) -> Task:
         facts={"vocab_size": tokenizer.vocab_size},
         flops_per_token=flops_per_token(model, vision_language_lm, batch(0).to("cpu")),
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 # --- the model's parts ------------------------------------------------------------------------------------------

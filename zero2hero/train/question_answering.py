@@ -7,7 +7,6 @@ an answer has the first token, [CLS], as both.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,8 @@ from zero2hero.models.encoder import Encoder
 from zero2hero.task_configs import QuestionAnsweringConfig
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train import objectives
-from zero2hero.train.run import Place, Task, run
+from zero2hero.train.run import Place, Task, training
 from zero2hero.train.text_tasks import encode, encoder, labelled_task, labelled_texts
-
-
-def train(config: QuestionAnsweringConfig) -> None:
-    """Train and leave the model in `config.output_dir`. `eval_accuracy` is the share of spans found exactly.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: QuestionAnsweringConfig, place: Place) -> Task:
@@ -45,6 +34,9 @@ def _begin(config: QuestionAnsweringConfig, place: Place) -> Task:
     sides = [_encoded(table, config, model, tokenizer) for table in tables]
     return labelled_task(config, place, model, tokenizer, sides[0], sides[1], objectives.answer_span,
                          made_with={"data": tables[0].fingerprint})  # fmt: skip
+
+
+train = training(_begin)
 
 
 def _pairs(table: Table, config: QuestionAnsweringConfig) -> list[tuple[str, str]]:

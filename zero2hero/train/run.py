@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
 from zero2hero.train.vitals import Vitals
 from zero2hero.train.watch import Watcher
 
+C = TypeVar("C", bound=RunConfig)
 Sample = dict[str, str]  # {"prompt": ..., "text": ...}
 
 
@@ -130,6 +131,15 @@ def run(config: RunConfig, begin: Callable[[Place], Task]) -> nn.Module:
         if ranks.is_main:
             atomic_write(Path(config.output_dir) / "run.yaml", to_yaml(dataclasses.replace(config, resume=False)))
         return _train(config, task, place, free)
+
+
+def training(begin: Callable[[C, Place], Task]) -> Callable[[C], None]:
+    """What a verb calls: settings -> `run` with what `begin` makes of them; the model is left in their output_dir."""
+
+    def train(config: C) -> None:
+        run(config, functools.partial(begin, config))
+
+    return train
 
 
 def _train(config: RunConfig, task: Task, place: Place, free: float) -> nn.Module:

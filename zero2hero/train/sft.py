@@ -28,6 +28,7 @@ from zero2hero.data.conversations import Record, read_records
 from zero2hero.data.examples import Encoded, encode_records
 from zero2hero.data.packed import PackedBatches, evaluation_batches
 from zero2hero.data.sources import open_source
+from zero2hero.data.worlds.dialogues import same_answer
 from zero2hero.errors import UserError
 from zero2hero.fetch import find_folder
 from zero2hero.io import atomic_write
@@ -239,11 +240,7 @@ def exact_match(lm: LanguageModel, records: Sequence[Record]) -> float:
     """The share of records whose last answer the model gives word for word; case and a full stop do not matter."""
     prompts = [lm.prompt_ids(record.messages[:-1]) for record in records]
     answers = lm.continuations(prompts, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
-    return float(np.mean([_bare(a) == _bare(str(r.messages[-1]["content"])) for a, r in zip(answers, records)]))
-
-
-def _bare(text: str) -> str:
-    return text.strip().rstrip(".!").lower()
+    return float(np.mean([same_answer(a, str(r.messages[-1]["content"])) for a, r in zip(answers, records)]))
 
 
 def chat_sampler(talker: Talker, held_out: Sequence[Record], seed: int) -> Callable[[nn.Module], list[Sample]]:

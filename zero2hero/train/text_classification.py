@@ -16,21 +16,11 @@ from zero2hero.data.tables import Table, open_tables
 from zero2hero.errors import UserError
 from zero2hero.task_configs import TextClassificationConfig
 from zero2hero.train import objectives
-from zero2hero.train.run import Place, Task, run
+from zero2hero.train.run import Place, Task, training
 from zero2hero.train.text_tasks import encode, encoder, labelled_task, labelled_texts
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "sentiment", "score")
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "premise", "question", "review")
-
-
-def train(config: TextClassificationConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: TextClassificationConfig, place: Place) -> Task:
@@ -63,6 +53,9 @@ def _begin(config: TextClassificationConfig, place: Place) -> Task:
         announce="" if names is None else f"; labels {', '.join(model.config.id2label.values())}",
         made_with={"data": training.fingerprint},
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 def texts_of(table: Table, config: TextClassificationConfig) -> list[Any]:

@@ -16,21 +16,11 @@ from zero2hero.data.tables import Table, open_tables
 from zero2hero.errors import UserError
 from zero2hero.task_configs import TokenClassificationConfig
 from zero2hero.train import objectives
-from zero2hero.train.run import Place, Task, run
+from zero2hero.train.run import Place, Task, training
 from zero2hero.train.text_tasks import encode, encoder, labelled_task, labelled_texts
 
 WORD_COLUMNS = ("tokens", "words", "text")
 LABEL_COLUMNS = ("ner_tags", "labels", "tags", "label", "pos_tags")
-
-
-def train(config: TokenClassificationConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: TokenClassificationConfig, place: Place) -> Task:
@@ -58,6 +48,9 @@ def _begin(config: TokenClassificationConfig, place: Place) -> Task:
         functools.partial(objectives.classification, label_smoothing=smoothing), evaluate_by=objectives.classification,
         announce=f"; labels {', '.join(names)}", made_with={"data": training.fingerprint},
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 def _words_and_labels(table: Table, config: TokenClassificationConfig) -> tuple[list[list[str]], list[list[str]]]:

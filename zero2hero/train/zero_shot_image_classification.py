@@ -39,7 +39,7 @@ from zero2hero.train.image_tasks import (
 )
 from zero2hero.train.objectives import sigmoid_contrastive, softmax_contrastive
 from zero2hero.train.pretrain import get_tokenizer
-from zero2hero.train.run import Place, Task, micro_batches, run, steps_of
+from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
 
 CANDIDATES = 1000
 
@@ -59,16 +59,6 @@ class PairBatch:
 
     def to(self, device: Any) -> PairBatch:
         return PairBatch(self.ids_BT.to(device), self.pixels_BCHW.to(device), self.patches)
-
-
-def train(config: ZeroShotImageConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
-    run(config, functools.partial(_begin, config))
 
 
 def _begin(config: ZeroShotImageConfig, place: Place) -> Task:
@@ -139,6 +129,9 @@ def _begin(config: ZeroShotImageConfig, place: Place) -> Task:
         made_with={"data": fingerprint(training, pictures), "tokenizer": tokenizer.fingerprint},
         flops_per_token=flops_per_token(model, objective, batch(0)),
     )  # fmt: skip
+
+
+train = training(_begin)
 
 
 def _processor(config: ZeroShotImageConfig, vision: VisionConfig) -> ImageProcessor:

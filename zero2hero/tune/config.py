@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from zero2hero.config import NO_OPTION
 from zero2hero.errors import UserError, did_you_mean
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -35,7 +36,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     """true: the update begins as zero; gaussian: the same, from other random numbers; false: it begins as noise."""
     task_type: str | None = None  # CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION
-    base_model_name_or_path: str | None = None  # where the model that is adapted was loaded from
+    base_model_name_or_path: str | None = field(default=None, metadata=NO_OPTION)  # of the model that is adapted
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():

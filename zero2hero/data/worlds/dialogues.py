@@ -39,11 +39,12 @@ class Turn:
         """Is `text` the right answer? Of a sum, the number counts; else all words, in whatever case."""
         if self.problem is not None:
             return self.problem.check(text)
-        return _bare(text) == _bare(self.answer)
+        return same_answer(text, self.answer)
 
 
-def _bare(text: str) -> str:
-    return text.strip().rstrip(".!").lower()
+def same_answer(one: str, other: str) -> bool:
+    """Word for word the same; case and a full stop do not matter."""
+    return one.strip().rstrip(".!").lower() == other.strip().rstrip(".!").lower()
 
 
 def dialogue(index: int, split: str = "train", seed: int = 0) -> list[Turn]:
