@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import together
 
 from zero2hero.model_configs import CLIP_TOWER, SIGLIP_TOWER, text_tower
 from zero2hero.models import VisionConfig, VisionText, VisionTextConfig
 from zero2hero.train.objectives import sigmoid_contrastive, softmax_contrastive
+from zero2hero.train.parallel import Ranks
 
 OBJECTIVES = {"softmax": softmax_contrastive, "sigmoid": sigmoid_contrastive}
 
@@ -34,21 +33,16 @@ def gradients(loss: str, rows: slice) -> tuple[list[torch.Tensor], float]:
     return [p.grad for p in model.parameters()], float(result.weight)
 
 
-def rank(number: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
-    for loss in OBJECTIVES:
-        torch.save(gradients(loss, slice(3 * number, 3 * number + 3)), f"{folder}/{loss}-{number}")
-    dist.destroy_process_group()
+def of_half(ranks: Ranks) -> dict[str, tuple[list[torch.Tensor], float]]:
+    return {loss: gradients(loss, slice(3 * ranks.rank, 3 * ranks.rank + 3)) for loss in OBJECTIVES}
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_equal_one():
+    halves = together(2, of_half)
     for loss in OBJECTIVES:
         expected, weight = gradients(loss, slice(6))
-        halves = [torch.load(tmp_path / f"{loss}-{number}", weights_only=True) for number in range(2)]
-        assert sum(half[1] for half in halves) == weight == 6
-        for name, (one, both) in enumerate(zip(expected, zip(*(half[0] for half in halves), strict=True), strict=True)):
-            assert torch.allclose(one, sum(both), atol=1e-5), name
+        assert sum(half[loss][1] for half in halves) == weight == 6
+        parts = zip(*(half[loss][0] for half in halves), strict=True)
+        for name, (one, both) in enumerate(zip(expected, parts, strict=True)):
+            assert torch.allclose(one, sum(map(torch.as_tensor, both)), atol=1e-5), name
         assert max(g.abs().max() for g in expected) > 0.01
