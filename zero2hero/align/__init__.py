@@ -1,0 +1,1 @@
+"""Alignment: what people (or a checker) prefer becomes what the model does."""
