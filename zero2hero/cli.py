@@ -171,6 +171,7 @@ VERBS = {
         (
             "zero2hero serve runs/quickstart",
             "zero2hero serve runs/quickstart --port 9000 --metrics",
+            "zero2hero serve runs/quickstart --adapters '{chat: runs/quickstart_chat}'",
             "zero2hero serve Qwen/Qwen3-0.6B --host 0.0.0.0 --dtype bf16",
         ),
         ("model",),

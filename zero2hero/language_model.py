@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other
 from zero2hero.models.decoder import Decoder, DecoderConfig
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.chat import Message, is_conversation
-from zero2hero.tune import base_folder, is_adapter, load_adapter
+from zero2hero.tune import adapted_modules, base_folder, is_adapter, load_adapter
 
 if TYPE_CHECKING:
     from zero2hero.data.images import ImageProcessor
@@ -297,6 +297,31 @@ def load_parts(path_or_id: str | Path, device: str | torch.device, dtype: torch.
     base = base_folder(directory)
     model = from_pretrained(base, dtype=dtype, device=chosen)
     return Parts(base, load_adapter(model, directory), directory)
+
+
+def with_adapters(lm: LanguageModel, folders: Mapping[str, str | Path]) -> dict[str, LanguageModel]:
+    """Put adapters on the model, which goes on wearing what it wore; each comes back as the model that it makes of it.
+
+    Args:
+        lm: the base model, or one that an adapter is on already.
+        folders: name -> folder or hub id of the adapter. The tokenizer there, if any, must be the model's; its chat
+            template and generation_config.json are those of the adapter.
+
+    Raises:
+        UserError: an adapter of another base, or with another vocabulary.
+    """
+    worn = {module: module.active for module in adapted_modules(lm.model).values()}
+    made = {}
+    for name, folder in folders.items():
+        parts = Parts(find_folder(folder), load_adapter(lm.model, folder, name), find_folder(folder))
+        own = any(parts.directory.glob("tokenizer*"))
+        tokenizer = parts.tokenizer if own else lm.tokenizer
+        if tokenizer.fingerprint != lm.tokenizer.fingerprint:
+            raise UserError(f"{folder}: the adapter's tokenizer is not the model's, so they cannot be served as one")
+        made[name] = LanguageModel(lm.model, tokenizer, generation_config=parts.generation_config)
+    for module in adapted_modules(lm.model).values():
+        module.active = worn.get(module)
+    return made
 
 
 def save(lm: LanguageModel, directory: str | Path) -> None:

@@ -131,6 +131,8 @@ class ServeConfig:
     port: int = 8000
     api_key: str | None = None  # made and printed where one is needed; better given as ZERO2HERO_API_KEY
     served_model_name: str | None = None  # what clients call it; the folder's name by default
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Adapters of the model, each with the name by which clients ask for it: '{chat: runs/quickstart_chat}'."""
     max_batch_size: int = 16  # texts written at a time
     max_waiting: int = 64  # texts that wait; further ones are told to come back
     metrics: bool = False  # counts in Prometheus' format at /metrics

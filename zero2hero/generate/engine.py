@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +62,8 @@ class Engine:
         prefill_chunk: tokens of prompts read in one step, together.
         max_waiting: requests that wait, at most.
         drafter: guesses tokens ahead; see speculative.py. Texts stay the same, and constrained ones do without.
+        adapters: the model's adapters by name, each as a language model with the template and the ends that belong to
+            it; a request with an adapter that is not among them ends as the model's own do.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class Engine:
         prefill_chunk: int = 256,
         max_waiting: int = 1024,
         drafter: Drafter | None = None,
+        adapters: Mapping[str, LanguageModel] | None = None,
     ) -> None:
-        self.lm, self.model = lm, lm.model
+        self.lm, self.model, self.adapters = lm, lm.model, dict(adapters or {})
         self.context = self.model.config.max_position_embeddings
         self.max_batch_size, self.prefill_chunk, self.max_waiting = max_batch_size, prefill_chunk, max_waiting
         self.drafter = drafter
@@ -119,7 +122,7 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {limit} new ones do not fit into the engine's memory of "
                 f"{self.pages.count * PAGE} tokens (max_cached_tokens)"
             )
-        sequence = Sequence(request, prompt, limit, self._ends(request.params), self.lm.tokenizer)
+        sequence = Sequence(request, prompt, limit, self._ends(request), self.lm.tokenizer)
         sequence.history = rows.History(sequence, self.model.config.vocab_size, self.reader.device)
         self.waiting.append(sequence)
         return sequence
@@ -150,11 +153,16 @@ class Engine:
                 return sequences
             self.step()
 
-    def _ends(self, p: SamplingParams) -> frozenset[int]:
+    def wearing(self, adapter: str | None) -> LanguageModel | Writer:
+        """The model as it is with this adapter; None: as it is anyway."""
+        return self.lm if adapter is None else self.adapters.get(adapter, self.lm)
+
+    def _ends(self, request: Request) -> frozenset[int]:
         """The tokens that end a text. A stop string that is a special token never shows up as text."""
-        tokenizer = self.lm.tokenizer
+        p, lm = request.params, self.wearing(request.adapter)
+        tokenizer = lm.tokenizer
         ends = {tokenizer.token_to_id(stop) for stop in p.stop} & tokenizer.all_special_ids if tokenizer else set()
-        return frozenset({*ends, *p.stop_token_ids, *(() if p.ignore_eos else self.lm.eos_ids)})
+        return frozenset({*ends, *p.stop_token_ids, *(() if p.ignore_eos else lm.eos_ids)})
 
     # ---------------------------------------------------------------- a step
 

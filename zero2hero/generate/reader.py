@@ -63,8 +63,7 @@ class Reader:
         self.model, self.pages = model, pages
         self.prepared = prepare(model)
         self.device = model.embed_tokens.weight.device
-        self.adapted: list[Any] = [m for m in model.modules() if hasattr(m, "adapters") and hasattr(m, "active")]
-        self.adapters = {name for module in self.adapted for name in module.adapters}
+        self.adapters = {name for module in _adapted(model) for name in module.adapters}
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
@@ -79,23 +78,12 @@ class Reader:
         logits: dict[int, Tensor] = {}
         for group in (*groups, *single.values()):
             wanted = pieces[group[0]].wanted
-            with evaluating(self.model), self._wearing(pieces[group[0]].adapter):
+            with evaluating(self.model), wearing(self.model, pieces[group[0]].adapter):
                 hidden = self._read([pieces[i] for i in group])
                 if wanted:
                     rows = self.prepared.logits(hidden[:, -wanted:].flatten(0, 1)).float()
                     logits |= zip(group, rows.split(wanted))
         return torch.cat([logits[i] for i in sorted(logits)]) if logits else torch.empty(0)
-
-    @contextmanager
-    def _wearing(self, adapter: str | None) -> Iterator[None]:
-        before = [module.active for module in self.adapted]
-        for module in self.adapted if adapter is not None else ():
-            module.active = adapter
-        try:
-            yield
-        finally:
-            for module, active in zip(self.adapted, before):
-                module.active = active
 
     def _read(self, pieces: list[Piece]) -> Tensor:
         """Hidden states [B, T, D] of pieces that are equally long."""
@@ -109,6 +97,24 @@ class Reader:
         cache.end = max(starts)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(T, device=self.device)
         return self.prepared(self.model, ids, cache, positions)
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "adapters") and hasattr(module, "active")]
+
+
+@contextmanager
+def wearing(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Within the block the model wears that adapter; None: what it wears anyway."""
+    adapted = _adapted(model) if adapter is not None else []
+    before = [module.active for module in adapted]
+    for module in adapted:
+        module.active = adapter
+    try:
+        yield
+    finally:
+        for module, active in zip(adapted, before):
+            module.active = active
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,26 +43,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Served:
-    """The one model that is served, and what clients call it."""
+    """The one model that is served, what clients call it, and the names of the adapters that it can wear."""
 
     worker: Worker
     name: str
+    adapters: tuple[str, ...]
     started: int  # seconds since 1970
 
-    def check_name(self, asked: str) -> None:
-        """A model's name is compared with the one that there is, and never opened."""
+    def adapter(self, asked: str) -> str | None:
+        """The adapter of that name; None for the model itself. A name is compared with those known, never opened."""
         self.worker.engine  # noqa: B018 (503 while there is none)
-        if asked != self.name:
+        if asked not in (self.name, *self.adapters):
             message = f"there is no model {asked[:80]!r} here; /v1/models lists what there is"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return None if asked == self.name else asked
 
-    def card(self) -> dict[str, Any]:
+    def card(self, adapter: str | None = None) -> dict[str, Any]:
         context = served(self.worker.engine).model.config.max_position_embeddings
-        about = {"id": self.name, "object": "model", "created": self.started, "owned_by": "zero2hero"}
-        return about | {"max_model_len": context}
+        about = {"id": adapter or self.name, "object": "model", "created": self.started, "owned_by": "zero2hero"}
+        return about | {"max_model_len": context} | ({"parent": self.name} if adapter else {})
 
 
-def create_app(load: Callable[[], Engine], name: str, key: str | None = None, with_metrics: bool = False) -> FastAPI:
+def create_app(
+    load: Callable[[], Engine],
+    name: str,
+    key: str | None = None,
+    with_metrics: bool = False,
+    adapters: Sequence[str] = (),
+) -> FastAPI:
     """The application, its gate included.
 
     Args:
@@ -70,6 +78,7 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
         name: what clients call the model.
         key: what they must know; None: answer without, to this machine alone.
         with_metrics: show at /metrics what is counted.
+        adapters: the names of those that `load` puts on the model; each is a model to clients.
     """
     metrics = Metrics()
     worker = Worker(load, metrics)
@@ -89,7 +98,7 @@ def create_app(load: Callable[[], Engine], name: str, key: str | None = None, wi
     app.add_middleware(Gate, key=key, metrics=metrics)
     explain_errors(app)
     _describe_errors(app)
-    model = Served(worker, name, int(time.time()))
+    model = Served(worker, name, tuple(adapters), int(time.time()))
     for add in (_add_models, _add_texts, _add_tokenizer):
         add(app, model)
     if with_metrics:
@@ -110,13 +119,12 @@ def _add_models(app: FastAPI, it: Served) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [it.card()]}
+        """The model that is served, and its adapters."""
+        return {"object": "list", "data": [it.card(), *map(it.card, it.adapters)]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        it.check_name(model)
-        return it.card()
+        return it.card(it.adapter(model))
 
 
 def _add_texts(app: FastAPI, it: Served) -> None:
@@ -124,28 +132,25 @@ def _add_texts(app: FastAPI, it: Served) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
-        it.check_name(body.model)
-        work = await asyncio.to_thread(Completion, worker.engine, body)
+        work = await asyncio.to_thread(Completion, worker.engine, body, it.adapter(body.model))
         return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> Response:
-        it.check_name(body.model)
-        work = await asyncio.to_thread(Chat, worker.engine, body)
+        work = await asyncio.to_thread(Chat, worker.engine, body, it.adapter(body.model))
         return Answer(chunks=work.chunks(worker)) if body.stream else Answer(lambda: work.whole(worker))
 
     @app.post("/v1/responses")
     async def responses(body: ResponsesRequest) -> Response:
-        it.check_name(body.model)
-        work = await asyncio.to_thread(TextResponse, worker.engine, body)
+        work = await asyncio.to_thread(TextResponse, worker.engine, body, it.adapter(body.model))
         if body.stream:
             return Answer(chunks=work.chunks(worker), named_events=True)
         return Answer(lambda: work.whole(worker))
 
     @app.post("/v1/embeddings")
     async def embed(body: EmbeddingsRequest) -> Response:
-        it.check_name(body.model)
-        return Answer(lambda: embeddings(worker, body))
+        adapter = it.adapter(body.model)
+        return Answer(lambda: embeddings(worker, body, adapter))
 
 
 def _add_tokenizer(app: FastAPI, it: Served) -> None:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class Chat:
     """One request: the conversation as the engine's requests, and the answer."""
 
-    def __init__(self, engine: Engine, body: ChatRequest) -> None:
+    def __init__(self, engine: Engine, body: ChatRequest, adapter: str | None = None) -> None:
         from zero2hero.generate.engine import Request, SamplingParams
 
-        self.body, self.lm, self.n = body, served(engine), body.n or 1
+        self.body, self.lm, self.n = body, served(engine, adapter), body.n or 1
         require(body.top_logprobs is None or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
         self.calls = ToolCalls.asked_for(self.lm, body)
         tools = self.calls.tools if self.calls else []
@@ -42,7 +42,7 @@ class Chat:
             constraint=constraint_for(self.lm, body.response_format),
             **sampling_settings(self.lm, body),
         )  # fmt: skip
-        self.requests = [Request(self.prompt, params, sample=sample) for sample in range(self.n)]
+        self.requests = [Request(self.prompt, params, adapter, sample) for sample in range(self.n)]
         self.written = 0  # tokens
         self.frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
 

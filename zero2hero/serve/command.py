@@ -27,7 +27,9 @@ def run(config: ServeConfig) -> None:
         raise UserError(f"serving needs {error.name}: pip install 'zero2hero[serve]'") from None
     key, made = security.key_for(config.host, config.api_key or os.environ.get("ZERO2HERO_API_KEY"))
     name = config.served_model_name or Path(config.model).resolve().name
-    app = create_app(lambda: load(config), name, key, config.metrics)
+    if name in config.adapters:
+        raise UserError(f"'{name}' is the model's name, so no adapter can have it; --served_model_name changes it")
+    app = create_app(lambda: load(config), name, key, config.metrics, list(config.adapters))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -68,9 +70,13 @@ def load(config: ServeConfig) -> Engine:
     from zero2hero import machine
     from zero2hero.generate.engine import Engine
     from zero2hero.language_model import load as load_model
+    from zero2hero.language_model import with_adapters
 
     machine.prepare()
     lm = load_model(config.model, device=config.device, dtype=config.dtype)
-    engine = Engine(lm, max_batch_size=config.max_batch_size, max_waiting=config.max_waiting)
+    engine = Engine(
+        lm, max_batch_size=config.max_batch_size, max_waiting=config.max_waiting,
+        adapters=with_adapters(lm, config.adapters),
+    )  # fmt: skip
     print("ready", flush=True)
     return engine

@@ -28,10 +28,10 @@ MAX_TOKENS = 16  # the API's default
 class Completion:
     """One request: its prompts as the engine's requests, and the chunks of its answer."""
 
-    def __init__(self, engine: Engine, body: CompletionRequest) -> None:
+    def __init__(self, engine: Engine, body: CompletionRequest, adapter: str | None = None) -> None:
         from zero2hero.generate.engine import Request, SamplingParams
 
-        self.body, self.lm, self.n = body, served(engine), body.n or 1
+        self.body, self.lm, self.n = body, served(engine, adapter), body.n or 1
         if body.best_of not in (None, self.n):
             raise unsupported("best_of", "other than n is not supported")
         prompts = all_prompts(self.lm, body.prompt)
@@ -43,7 +43,7 @@ class Completion:
             **sampling_settings(self.lm, body),
         )  # fmt: skip
         self.requests: list[Request] = [
-            Request(prompt, params, sample=sample) for prompt in prompts for sample in range(self.n)
+            Request(prompt, params, adapter, sample) for prompt in prompts for sample in range(self.n)
         ]
         self.frame = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         self.frame["model"] = body.model

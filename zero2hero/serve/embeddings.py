@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from zero2hero.language_model import LanguageModel
 
 
-async def embeddings(worker: Worker, body: EmbeddingsRequest) -> dict[str, Any]:
+async def embeddings(worker: Worker, body: EmbeddingsRequest, adapter: str | None = None) -> dict[str, Any]:
     """The answer; each text is read by itself, between two steps of those that are being written."""
-    lm = served(worker.engine)
+    lm = served(worker.engine, adapter)
     prompts = all_prompts(lm, body.input)
     check_context(lm, prompts, None)
     data = []
     for index, ids in enumerate(prompts):
-        vector = await worker.call(lambda ids=ids: mean_state(lm, ids))  # type: ignore[misc]
+        vector = await worker.call(lambda ids=ids: mean_state(lm, ids, adapter))  # type: ignore[misc]
         shown: Any = base64.b64encode(vector).decode() if body.encoding_format == "base64" else None
         if shown is None:
             import numpy
@@ -37,15 +37,15 @@ async def embeddings(worker: Worker, body: EmbeddingsRequest) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def mean_state(lm: LanguageModel, ids: list[int]) -> bytes:
+def mean_state(lm: LanguageModel, ids: list[int], adapter: str | None = None) -> bytes:
     """The mean of the hidden states, of length 1, as little-endian fp32."""
     import torch
 
-    from zero2hero.generate.reader import evaluating
+    from zero2hero.generate.reader import evaluating, wearing
     from zero2hero.generate.request import checked_prompt
 
     ids = checked_prompt(lm.model, ids, 0)
-    with torch.inference_mode(), evaluating(lm.model):
+    with torch.inference_mode(), evaluating(lm.model), wearing(lm.model, adapter):
         hidden_BTD = lm.model(torch.tensor([ids], device=lm.model.embed_tokens.weight.device))
         mean = torch.nn.functional.normalize(hidden_BTD[0].float().mean(0), dim=0)
     return mean.cpu().numpy().astype("<f4").tobytes()

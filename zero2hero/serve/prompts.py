@@ -27,9 +27,9 @@ BYTES_PER_TOKEN = 8  # more than texts have; a text with more of them than the c
 TOOL_CALL, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 
 
-def served(engine: Engine) -> LanguageModel:
-    """The model behind an engine: here always one with a tokenizer."""
-    return cast("LanguageModel", engine.lm)
+def served(engine: Engine, adapter: str | None = None) -> LanguageModel:
+    """The model behind an engine, wearing that adapter: here always one with a tokenizer."""
+    return cast("LanguageModel", engine.wearing(adapter))
 
 
 def text_ids(lm: LanguageModel, text: str) -> list[int]:

@@ -45,8 +45,8 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
 class TextResponse:
     """One request and its answer."""
 
-    def __init__(self, engine: Engine, body: ResponsesRequest) -> None:
-        self.body, self.chat = body, Chat(engine, as_chat(body))
+    def __init__(self, engine: Engine, body: ResponsesRequest, adapter: str | None = None) -> None:
+        self.body, self.chat = body, Chat(engine, as_chat(body), adapter)
         self.id, self.item = f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
         self.created = int(time.time())
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 # public name -> the module that defines it
 _PUBLIC = {
     "LoraConfig": "config",
+    "adapted_modules": "adapters",
     "adapter_names": "adapters",
     "add_lora": "adapters",
     "add_prefix": "prefix_tuning",
@@ -37,6 +38,7 @@ _PUBLIC = {
 
 __all__ = [
     "LoraConfig",
+    "adapted_modules",
     "adapter_names",
     "add_lora",
     "add_prefix",
@@ -57,7 +59,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zero2hero.tune.adapters import adapter_names, add_lora, disable_adapter, set_adapter
+    from zero2hero.tune.adapters import adapted_modules, adapter_names, add_lora, disable_adapter, set_adapter
     from zero2hero.tune.config import LoraConfig
     from zero2hero.tune.interchange import base_folder, is_adapter, load_adapter, save_adapter
     from zero2hero.tune.merging import merge
