@@ -37,6 +37,7 @@ from zero2hero.tune import adapted_modules, base_folder, is_adapter, load_adapte
 
 if TYPE_CHECKING:
     from zero2hero.data.images import ImageProcessor
+    from zero2hero.seeing import Eyes
 
 SETTINGS = [f.name for f in dataclasses.fields(SamplingConfig)]
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,6 +59,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     config: DecoderConfig | None = None
     generation_config: dict[str, Any] = field(default_factory=dict)
+    eyes: Eyes | None = None  # of one that sees (seeing.py)
 
     def __post_init__(self) -> None:
         self.config = self.config or self.model.config
@@ -228,11 +230,20 @@ def load(
     Raises:
         UserError: nothing there, files that do not fit together, or a device that is not available.
     """
-    parts = load_parts(path_or_id, device, dtype)
+    return language_model(load_parts(path_or_id, device, dtype))
+
+
+def language_model(parts: Parts) -> LanguageModel:
+    """The model of a folder as one that continues texts.
+
+    Raises:
+        UserError: it is of another kind.
+    """
     if not isinstance(parts.model, Decoder):
         kind = type(parts.model).__name__
         raise UserError(
-            f"{path_or_id} holds a {kind}, which does not continue texts; z2h.pipeline may have a use for it"
+            f"{parts.adapter or parts.directory} holds a {kind}, which does not continue texts; z2h.pipeline may have "
+            "a use for it"
         )
     return LanguageModel(parts.model, parts.tokenizer, generation_config=parts.generation_config)
 

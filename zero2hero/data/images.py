@@ -54,11 +54,11 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_image(source: str | Path | bytes | Image, mode: str = "RGB") -> Image:
+def open_image(source: str | Path | bytes | Image, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image:
     """A PNG, JPEG or WebP file (or its bytes, or an image in memory), turned upright, in colours (or grey: "L").
 
     Raises:
-        UserError: no such file, another format, a damaged image, or one of more than `MAX_PIXELS`; nothing is fetched
+        UserError: no such file, another format, a damaged image, or one of more than `max_pixels`; nothing is fetched
             from an address.
     """
     try:
@@ -73,8 +73,8 @@ def open_image(source: str | Path | bytes | Image, mode: str = "RGB") -> Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+            if width * height > max_pixels:
+                raise UserError(f"{name} has {width} x {height} pixels; at most {max_pixels:,} are read")
             return ImageOps.exif_transpose(image).convert(mode)
     except UserError:
         raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zero2hero.data.images import open_image
@@ -18,6 +17,7 @@ from zero2hero.language_model import SETTINGS, LanguageModel, Parts
 from zero2hero.pipelines.base import Pipeline
 from zero2hero.pipelines.look import is_image
 from zero2hero.pipelines.write import joined
+from zero2hero.seeing import joined_pixels, seeing_model
 from zero2hero.tokenizer.chat import is_conversation
 
 
@@ -29,12 +29,9 @@ class SeeingPipeline(Pipeline):
     def __init__(self, parts: Parts | LanguageModel, task: str, settings: dict[str, Any]) -> None:
         super().__init__(parts, task, settings)
         assert isinstance(parts, Parts)
-        self.tokenizer, self.processor = parts.tokenizer, parts.image_processor
-        self.lm = LanguageModel(self.model.language_model, parts.tokenizer, generation_config=parts.generation_config)
-        index = self.model.config.image_token_index
-        self.mark = self.tokenizer.id_to_token(index) or ""
-        if not self.mark:
-            raise UserError(f"{parts.directory}: the tokenizer has no token {index}, which stands for an image")
+        self.lm, self.tokenizer = seeing_model(parts), parts.tokenizer
+        assert self.lm.eyes is not None
+        self.eyes = self.lm.eyes
 
     def prompt(self, one: Any) -> tuple[list[int], Tensor | None]:
         """What the model reads of one input: token ids, and the pixels [I, C, H, W] of its images where there are some.
@@ -52,23 +49,15 @@ class SeeingPipeline(Pipeline):
             ending = {"add_generation_prompt": not begun, "continue_final_message": begun}
             images, text = _images_of(one), self.tokenizer.apply_chat_template(one, tokenize=False, **ending)
         opened = [open_image(image) for image in images]
-        between = text.split(self.mark)
-        if len(between) != len(opened) + 1:
-            raise UserError(
-                f"{self.task}: the text has {len(between) - 1} places for images ({self.mark}), and {len(opened)} "
-                "images were given"
-            )
-        stand_ins = [self.processor.in_text(image, self.mark) for image in opened]
-        text = "".join(piece for pair in zip(between, [*stand_ins, ""]) for piece in pair)
+        text = self.eyes.placed(text, opened)
         bos = self.tokenizer.special_token("bos_token")
         ids = self.tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
-        return self.model.expand(ids), self.processor(opened).to(self.device) if opened else None
+        return self.eyes.expand(ids), self.eyes.pixels(opened)
 
     def write(self, prompts: list[tuple[list[int], Tensor | None]], **settings: Any) -> list[str]:
         """What the model writes behind each prompt, prompt by prompt."""
         ids = [ids for ids, _ in prompts]
-        pixels = [pixels for _, pixels in prompts if pixels is not None]
-        vectors = self.model.embed_prompts(ids, torch.cat(pixels) if pixels else None)
+        vectors = self.eyes.vectors(ids, joined_pixels([pixels for _, pixels in prompts]))
         return self.lm.continuations(ids, embeddings=vectors, **settings)
 
 
@@ -92,7 +81,7 @@ class ImageTextToText(SeeingPipeline):
             return super().__call__({"images": images, "text": text}, **settings)
         left, pairs = [images] if is_image(images) else list(images), []
         for number, one in enumerate(text, start=1):
-            count = one.count(self.mark) if number < len(text) else len(left)
+            count = one.count(self.eyes.mark) if number < len(text) else len(left)
             pairs.append({"images": left[:count], "text": one})
             left = left[count:]
         return [record for records in super().__call__(pairs, **settings) for record in records]
@@ -150,7 +139,7 @@ class VisualQuestionAnswering(SeeingPipeline):
 
     def _asked(self, image: Any, question: str) -> Any:
         if self.tokenizer.chat_template is None:
-            return {"images": image, "text": f"{self.mark}\n{question}\n"}
+            return {"images": image, "text": f"{self.eyes.mark}\n{question}\n"}
         return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 

@@ -6,6 +6,7 @@ a call of a tool. Streamed or not, for this API or for the one of responses.py, 
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -13,6 +14,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from zero2hero.serve.answers import Delta
+from zero2hero.serve.images import images_of
 from zero2hero.serve.logprobs import TokenSpeller, chat_logprobs
 from zero2hero.serve.prompts import chat_ids, check_context, require, sampling_settings, served
 from zero2hero.serve.schema import ChatRequest
@@ -20,6 +22,8 @@ from zero2hero.serve.tools import ToolCalls, constraint_for
 from zero2hero.serve.worker import Worker
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zero2hero.generate.engine import Engine, Event
 
 
@@ -33,7 +37,10 @@ class Chat:
         require(body.top_logprobs is None or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
         self.calls = ToolCalls.asked_for(self.lm, body)
         tools = self.calls.tools if self.calls else []
-        self.prompt = chat_ids(self.lm, body.messages, tools)
+        images = images_of(self.lm, body.messages)
+        require(not (images and tools), "a request has images or tools, not both", "tools")
+        self.prompt = chat_ids(self.lm, body.messages, tools, images)
+        self.pixels = self.lm.eyes.pixels(images) if self.lm.eyes else None
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         check_context(self.lm, [self.prompt], limit)
         params = SamplingParams(
@@ -53,9 +60,18 @@ class Chat:
                 async for delta in pieces:
                     yield delta
             return
-        async with aclosing(worker.write(self.requests)) as events:
+        requests = self.requests
+        if self.pixels is not None:
+            vectors = await worker.call(self.look)
+            requests = [dataclasses.replace(request, embeddings=vectors) for request in requests]
+        async with aclosing(worker.write(requests)) as events:
             async for number, event in events:
                 yield self.delta(number, event)
+
+    def look(self) -> Tensor:
+        """What the model reads of the prompt and its images."""
+        assert self.lm.eyes is not None
+        return self.lm.eyes.vectors([self.prompt], self.pixels)[0]
 
     def delta(self, number: int, event: Event) -> Delta:
         self.written += len(event.token_ids)

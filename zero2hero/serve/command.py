@@ -69,11 +69,13 @@ def load(config: ServeConfig) -> Engine:
     """The model and its engine; torch is imported here, when the server already listens."""
     from zero2hero import machine
     from zero2hero.generate.engine import Engine
-    from zero2hero.language_model import load as load_model
-    from zero2hero.language_model import with_adapters
+    from zero2hero.language_model import language_model, load_parts, with_adapters
+    from zero2hero.models.vision_language import VisionLanguage
+    from zero2hero.seeing import seeing_model
 
     machine.prepare()
-    lm = load_model(config.model, device=config.device, dtype=config.dtype)
+    parts = load_parts(config.model, config.device, config.dtype)
+    lm = seeing_model(parts) if isinstance(parts.model, VisionLanguage) else language_model(parts)
     engine = Engine(
         lm, max_batch_size=config.max_batch_size, max_waiting=config.max_waiting,
         adapters=with_adapters(lm, config.adapters),

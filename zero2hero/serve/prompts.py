@@ -17,6 +17,8 @@ from zero2hero.serve.errors import ApiError
 from zero2hero.tokenizer.patterns import SpecialSplitter
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from zero2hero.generate.engine import Engine
     from zero2hero.language_model import LanguageModel
     from zero2hero.serve.schema import ChatMessage, Sampling, Tool
@@ -48,23 +50,32 @@ def all_prompts(lm: LanguageModel, given: str | Sequence[Any]) -> list[list[int]
     return [text_ids(lm, prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
 
 
-def chat_ids(lm: LanguageModel, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> list[int]:
-    """A conversation's ids, up to where the assistant's answer begins.
+def chat_ids(
+    lm: LanguageModel, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), images: Sequence[Image] = ()
+) -> list[int]:
+    """A conversation's ids, up to where the assistant's answer begins; `images` are those of its parts, in order.
 
     Raises:
         UserError: the model has no chat template, or its template refuses the conversation.
     """
-    plain = [message.model_dump(exclude_none=True) for message in messages]
+    plain = [_with_blind_images(message.model_dump(exclude_none=True)) for message in messages]
     described = [tool.model_dump(exclude_none=True) for tool in tools]
     check_size(lm, len(json.dumps([plain, described], ensure_ascii=False).encode()))
     conversation = [_plain_message(message) for message in plain]
     if "tools" not in (lm.tokenizer.chat_template or ""):  # a template that knows no tools: they are told in words
         conversation, described = _in_words(conversation, described), []
-    hidden = _Hidden(lm.tokenizer)
+    hidden = _Hidden(lm.tokenizer, lm.eyes.mark if lm.eyes else None)
+    conversation = hidden.hide(conversation)
+    if lm.eyes:
+        conversation = _with_parts(conversation, lm.tokenizer.chat_template or "", lm.eyes.mark)
     text = lm.tokenizer.apply_chat_template(
-        hidden.hide(conversation), tokenize=False, add_generation_prompt=True, tools=hidden.hide(described) or None
+        conversation, tokenize=False, add_generation_prompt=True, tools=hidden.hide(described) or None
     )
-    return hidden.encode(text)
+    if lm.eyes is None:
+        return hidden.encode(text)
+    ids, begin = hidden.encode(lm.eyes.placed(text, images)), lm.tokenizer.bos_token_id
+    begins = begin is not None and lm.tokenizer.encode("")[:1] == [begin] != ids[:1]  # such templates leave it out
+    return lm.eyes.expand([begin, *ids] if begins else ids)  # type: ignore[list-item]
 
 
 def check_size(lm: LanguageModel, size: int) -> None:
@@ -115,9 +126,10 @@ def sampling_settings(lm: LanguageModel, body: Sampling) -> dict[str, Any]:
 class _Hidden:
     """Special tokens that stand in a user's texts, under names that no text contains."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, mark: str | None = None) -> None:
         self.tokenizer, self.name = tokenizer, secrets.token_hex(8)
-        self.split = SpecialSplitter(token for i in tokenizer.all_special_ids if (token := tokenizer.id_to_token(i)))
+        special = {tokenizer.id_to_token(i) for i in tokenizer.all_special_ids} | {mark}
+        self.split = SpecialSplitter(token for token in special if token)
         self.found: list[str] = []
 
     def hide(self, value: Any) -> Any:
@@ -148,7 +160,7 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] == "developer":
         message["role"] = "system"
     content = message.get("content", "")
-    if isinstance(content, list):
+    if isinstance(content, list) and not any(part["type"] == "image" for part in content):
         content = "".join(part["text"] for part in content)
     message["content"] = content
     for call in message.get("tool_calls", []):
@@ -157,6 +169,34 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise ApiError(400, "the arguments of a called tool are not JSON", param="messages") from None
     return message
+
+
+def _with_blind_images(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with {"type": "image"} for each image, as templates know it, and texts side by side as one."""
+    if isinstance(message.get("content"), list):
+        parts: list[dict[str, Any]] = []
+        for part in message["content"]:
+            if "text" not in part:
+                parts.append({"type": "image"})
+            elif parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += part["text"]
+            else:
+                parts.append({"type": "text", "text": part["text"]})
+        message["content"] = parts
+    return message
+
+
+def _with_parts(conversation: list[dict[str, Any]], template: str, mark: str) -> list[dict[str, Any]]:
+    """Every content as the parts that the template goes through; or as one text, where it knows of no parts."""
+    out = []
+    for message in conversation:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if "type" not in template:
+            out.append(message | {"content": "".join(part.get("text", mark) for part in parts)})
+        else:
+            out.append(message | {"content": parts})
+    return out
 
 
 def _in_words(conversation: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from zero2hero.serve.errors import UnsupportedField
 
-MESSAGES, PARTS, PROMPTS, INPUTS, TOOLS = 256, 64, 64, 256, 64
+MESSAGES, PARTS, PROMPTS, INPUTS, TOOLS, IMAGES = 256, 64, 64, 256, 64, 8
 SCHEMA_BYTES, SCHEMA_DEPTH = 16 * 2**10, 16
 TEXT = 2**21  # characters; how much a model reads is checked with its tokenizer
 TOKEN = 2**24  # larger than every vocabulary
@@ -112,6 +112,25 @@ class TextPart(Limited):
     text: Text
 
 
+class ImageAddress(Limited):
+    url: Text
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Limited):
+    """As POST /v1/chat/completions has it, or (an "input_image") POST /v1/responses."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: ImageAddress | Text
+
+    @property
+    def address(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+Content = Text | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=PARTS)]
+
+
 class CalledFunction(Limited):
     name: Identifier
     arguments: Text
@@ -125,7 +144,7 @@ class ToolCall(Limited):
 
 class ChatMessage(Limited):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=PARTS)] | None = None
+    content: Content | None = None
     name: Name | None = None
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=TOOLS)
     tool_call_id: Name | None = None
@@ -190,7 +209,7 @@ class ChatRequest(Sampling):
 class InputMessage(Limited):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=PARTS)]
+    content: Content
 
 
 class TextFormat(Limited):
