@@ -48,15 +48,20 @@ class TrainingProgress:
         self,
         step: int,
         loss: float | None = None,
-        tokens_per_second: float | None = None,
+        per_second: float | None = None,
         peak_share: float | None = None,
+        items: str = "tok",
     ) -> None:
-        """`step` steps are done. `peak_share` is the share of the machine's measured matmul peak, 0 to 1."""
+        """`step` steps are done, at `per_second` of `items`.
+
+        peak_share: of the machine's measured matmul peak, 0 to 1.
+        """
         parts = []
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
-        if tokens_per_second is not None:
-            parts.append(f"{human_count(tokens_per_second)} tok/s")
+        if per_second is not None:
+            few = per_second < 100 and items != "tok"
+            parts.append(f"{per_second:.3g} {items}/s" if few else f"{human_count(per_second)} {items}/s")
         if peak_share is not None:
             parts.append(f"{peak_share:.0%} of peak")
         self._display.update(step, parts)

@@ -264,3 +264,16 @@ def test_parameter_count(tmp_path):
 
 def test_duration():
     assert [duration(s) for s in (4.4, 302, 12_000)] == ["4 s", "5 min 2 s", "3 h 20 min"]
+
+
+def test_units_are_those_of_the_task(tmp_path):
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        tracker.record(0, units={"item": "pair", "loss": "squared <error>"})
+        for step in range(1, 6):
+            tracker.log(step, {"loss": 0.7 / step, "num_pairs": 8 * step, "pairs_per_second": 31.5})
+        tracker.log(5, {"eval_loss": 0.2})
+    text = Page(write_report(tmp_path)).text
+    assert "Held-out loss 0.200 squared <error> per pair." in text
+    assert "pairs seen40" in text
+    assert "token" not in text
+    assert "perplexity" not in text

@@ -246,7 +246,7 @@ def test_plain_lines_first_now_and_then_and_last(monkeypatch):
     with TrainingProgress(100, start_step=40, console=out) as bar:
         for step in range(41, 101):
             now[0] += 1
-            bar.update(step, loss=2.5, tokens_per_second=41_250, peak_share=0.617)
+            bar.update(step, loss=2.5, per_second=41_250, peak_share=0.617)
     lines = out.file.getvalue().splitlines()
     assert lines[0] == "step 41/100  loss 2.5000  41.2k tok/s  62% of peak  0:01 < 0:59"
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [41, 51, 61, 71, 81, 91, 100]
@@ -257,7 +257,7 @@ def test_plain_lines_first_now_and_then_and_last(monkeypatch):
 def test_bar_fits_the_terminal(width):
     out = console(width, terminal=True)
     with TrainingProgress(500_000, enabled=None, console=out) as bar:
-        bar.update(499_999, loss=1.84, tokens_per_second=41_300, peak_share=0.62)
+        bar.update(499_999, loss=1.84, per_second=41_300, peak_share=0.62)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.file.getvalue())
     last = [line for line in re.split("[\r\n]", shown) if "loss" in line][-1]
     assert len(last) <= width

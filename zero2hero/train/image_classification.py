@@ -41,6 +41,7 @@ from zero2hero.train.image_tasks import (
 )
 from zero2hero.train.objectives import classification
 from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
+from zero2hero.train.tracking import Units
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _begin(config: ImageClassificationConfig, place: Place) -> Task:
         made_with={"data": fingerprint(training, pictures)},
         facts={"vocab_size": len(names)},
         flops_per_token=flops_per_token(model, objective, batch(0)),
+        units=Units("image"),
     )  # fmt: skip
 
 

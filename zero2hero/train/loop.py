@@ -40,7 +40,7 @@ from zero2hero.train.optim import make_optimizers
 from zero2hero.train.parallel import ALONE, Ranks
 from zero2hero.train.schedule import learning_rate_factor
 from zero2hero.train.sharding import master_weights
-from zero2hero.train.tracking import Tracker
+from zero2hero.train.tracking import Tracker, Units
 from zero2hero.train.watch import Watcher
 
 
@@ -49,7 +49,7 @@ class State:
     """What changes as a run goes on, beside weights and moments; all of it is in a checkpoint."""
 
     step: int = 0
-    num_tokens: int = 0
+    num_tokens: int = 0  # with a target; or what else the loss's weight counts (`Units`)
     best_eval_loss: float = math.inf
     best_step: int = 0
     evaluations_without_gain: int = 0
@@ -88,6 +88,7 @@ class Trainer:
         made_with: hashes of what the run is made with, by name (tokenizer, data); its checkpoints resume no other.
         describe: batch -> JSON values that say which records it holds, for the report of a loss that is not finite.
         ranks: the processes that train together; alone by default.
+        units: what the loss's weight counts.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Trainer:
         made_with: Mapping[str, str] | None = None,
         describe: Callable[[Any], Any] | None = None,
         ranks: Ranks = ALONE,
+        units: Units = Units(),  # noqa: B008 (frozen)
     ) -> None:
         self.model, self.objective, self.data, self.config = model, objective, data, config
         self.total_steps, self.output_dir = total_steps, Path(output_dir) if output_dir else None
@@ -121,13 +123,13 @@ class Trainer:
         self.evaluate, self.sample, self.tracker, self.progress = evaluate, sample, tracker, progress
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.watchers = [*([self.masters.loss_scale] if self.masters.loss_scale else []), *watchers]
-        self.ranks = ranks
+        self.ranks, self.units = ranks, units
         self.tracker_state: dict[str, Any] = {}  # of the checkpoint that was taken up, for a tracker made after that
         self.made_with, self.describe = {"settings": fingerprint(config), **(made_with or {})}, describe
         self.state = State()
-        self.step_weight = 0.0  # of the last step: its tokens with a target
+        self.step_weight = 0.0  # of the last step: its tokens with a target, or what else is counted
         self.metrics: dict[str, float] = {}
-        self.step_loss = math.nan  # of the last step, in nats per token
+        self.step_loss = math.nan  # of the last step, for each of those
         self._window = _Window()
         self._asked_to_stop: int | None = None
         tenth = max(1, math.ceil(total_steps / 10))
@@ -272,7 +274,8 @@ class Trainer:
         self.metrics |= {name: value / w.weight for name, value in w.metrics.items()}
         for watcher in self.watchers:
             self.metrics |= watcher.metrics()
-        self.metrics |= {"tokens_per_second": speed, "num_tokens": self.state.num_tokens}
+        shown = speed if self.units.item == "token" else w.weight / max(w.seconds, 1e-9)  # padding is a token as well
+        self.metrics |= {self.units.rate: shown, self.units.seen: self.state.num_tokens}
         self.metrics["data_share"] = min(1.0, w.waiting / max(w.seconds, 1e-9))
         if self.flops_per_token and self.peak_flops:
             self.metrics["peak_share"] = speed * self.flops_per_token(self.state.step - 1) / self.peak_flops
@@ -282,8 +285,9 @@ class Trainer:
             self.progress.update(
                 self.state.step,
                 loss=self.metrics["loss"],
-                tokens_per_second=speed,
+                per_second=shown,
                 peak_share=self.metrics.get("peak_share"),
+                items="tok" if self.units.item == "token" else f"{self.units.item}s",
             )
 
     # --- now and then ---------------------------------------------------------------------------------------

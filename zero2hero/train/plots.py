@@ -3,9 +3,9 @@
 `FIGURES` names them all; a stage with curves of its own adds a function there. matplotlib is imported late,
 without a window system and without its global state (`Figure`, not pyplot).
 
-Losses are in nats per token. Two dashed lines say what they mean: ln V is the loss of guessing all tokens
-with equal probability, the n-gram line that of counting on the same text. Colours are those of Okabe & Ito
-(2008), told apart by people with any colour vision; a line is labelled where it ends, not in a legend.
+Losses are in nats per token, unless the record names other units. Two dashed lines say what they mean: ln V is the
+loss of guessing all tokens with equal probability, the n-gram line that of counting on the same text. Colours are those
+of Okabe & Ito (2008), told apart by people with any colour vision; a line is labelled where it ends, not in a legend.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zero2hero.progress import human_count
-from zero2hero.train.tracking import series
+from zero2hero.train.tracking import Units, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ DARK = Theme("#171a21", "#e4e7ec", "#8d96a5", "#2b303a", train="#56b4e9", evalua
 
 
 def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
-    """Training and evaluation loss over tokens seen, the learning rate below; None without any loss."""
+    """Training and evaluation loss over tokens (images, pairs) seen, the learning rate below; None without any loss."""
     train_steps, train = series(rows, "loss")
     eval_steps, evaluation = series(rows, "eval_loss")
     rate_steps, rate = series(rows, "learning_rate")
@@ -58,7 +58,8 @@ def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure |
         return None
     from matplotlib.figure import Figure
 
-    tokens_per_step = _tokens_per_step(rows)
+    units = Units.of(rows)
+    items_per_step = _items_per_step(rows, units)
     figure = Figure(figsize=(9.6, 5.6), layout="constrained")
     heights = [6, 1] if len(rate) else [1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -71,34 +72,34 @@ def loss_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure |
         labels.append((loss, text, colour))
     if len(train):
         smooth = smoothed(train)
-        axes.plot(train_steps * tokens_per_step, train, color=theme.train, alpha=0.3, linewidth=0.8)
-        axes.plot(train_steps * tokens_per_step, smooth, color=theme.train, linewidth=2)
+        axes.plot(train_steps * items_per_step, train, color=theme.train, alpha=0.3, linewidth=0.8)
+        axes.plot(train_steps * items_per_step, smooth, color=theme.train, linewidth=2)
         labels.append((float(smooth[-1]), f"training  {smooth[-1]:#.4g}", theme.train))
     if len(evaluation):
-        eval_x = eval_steps * tokens_per_step
+        eval_x = eval_steps * items_per_step
         axes.plot(eval_x, evaluation, color=theme.evaluation, linewidth=1, alpha=0.5)
         axes.plot(eval_x, evaluation, "o", color=theme.evaluation, markeredgecolor=theme.background, clip_on=False)
         labels.append((float(evaluation[-1]), f"held out  {evaluation[-1]:#.4g}", theme.evaluation))
 
-    last = max([*train_steps, *eval_steps, 1]) * tokens_per_step
+    last = max([*train_steps, *eval_steps, 1]) * items_per_step
     axes.set_xlim(0, last)
     _scale_loss(axes, train, [*evaluation, *(loss for loss, _, _ in labels)])
     _label_ends(axes, labels)
-    _title(axes, "Loss, nats per token", theme)
+    _title(axes, f"Loss, {units.of_loss}", theme)
     if len(rate):
-        bottom.plot(rate_steps * tokens_per_step, rate, color=theme.quiet, linewidth=1.4)
+        bottom.plot(rate_steps * items_per_step, rate, color=theme.quiet, linewidth=1.4)
         _title(bottom, "Learning rate", theme)
         bottom.set_ylim(bottom=0)
         bottom.locator_params(axis="y", nbins=2)
         bottom.yaxis.set_major_formatter("{x:g}")
-    bottom.set_xlabel("tokens seen" if tokens_per_step != 1 else "steps")
+    bottom.set_xlabel(f"{units.item}s seen" if items_per_step != 1 else "steps")
     bottom.locator_params(axis="x", integer=True)
     bottom.xaxis.set_major_formatter(lambda value, _: human_count(value))
     for panel in panels:
         _dress(panel, theme)
-    if tokens_per_step != 1:
+    if items_per_step != 1:
         steps = axes.secondary_xaxis(
-            "top", functions=(lambda tokens: tokens / tokens_per_step, lambda steps: steps * tokens_per_step)
+            "top", functions=(lambda items: items / items_per_step, lambda steps: steps * items_per_step)
         )
         steps.set_xlabel("steps", color=theme.quiet, fontsize=9)
         steps.tick_params(colors=theme.quiet, labelsize=9, length=3)
@@ -232,10 +233,10 @@ def smoothed(values: Floats, share: float = 0.02) -> Floats:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _tokens_per_step(rows: Rows) -> float:
-    """The scale of the x axis; 1 (the axis shows steps) when tokens were not counted."""
-    steps, tokens = series(rows, "num_tokens")
-    return float(tokens[-1] / steps[-1]) if len(steps) and steps[-1] > 0 and tokens[-1] > 0 else 1.0
+def _items_per_step(rows: Rows, units: Units) -> float:
+    """The scale of the x axis; 1 (the axis shows steps) when tokens, or what else there is, were not counted."""
+    steps, items = series(rows, units.seen)
+    return float(items[-1] / steps[-1]) if len(steps) and steps[-1] > 0 and items[-1] > 0 else 1.0
 
 
 def _references(rows: Rows, config: Mapping[str, Any], first: float) -> list[tuple[float, str]]:

@@ -19,6 +19,7 @@ from zero2hero.tokenizer import Tokenizer
 from zero2hero.train import objectives
 from zero2hero.train.run import Place, Task, training
 from zero2hero.train.text_tasks import encode, encoder, labelled_task, labelled_texts
+from zero2hero.train.tracking import Units
 
 
 def _begin(config: QuestionAnsweringConfig, place: Place) -> Task:
@@ -33,7 +34,7 @@ def _begin(config: QuestionAnsweringConfig, place: Place) -> Task:
             tokenizer.save_pretrained(config.output_dir, model_max_length=model.config.longest)
     sides = [_encoded(table, config, model, tokenizer) for table in tables]
     return labelled_task(config, place, model, tokenizer, sides[0], sides[1], objectives.answer_span,
-                         made_with={"data": tables[0].fingerprint})  # fmt: skip
+                         made_with={"data": tables[0].fingerprint}, units=Units("question"))  # fmt: skip
 
 
 train = training(_begin)

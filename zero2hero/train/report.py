@@ -32,7 +32,7 @@ from zero2hero.io import atomic_write
 from zero2hero.progress import human_bytes, human_count, visible
 from zero2hero.train import plots
 from zero2hero.train.diagnosis import CHECKS, Finding, diagnose
-from zero2hero.train.tracking import read_metrics
+from zero2hero.train.tracking import Units, read_metrics
 
 COLUMNS_OF_SAMPLES = 4  # steps shown side by side, from the first to the last
 SAMPLE_CHARACTERS = 1500  # of each sample
@@ -60,6 +60,10 @@ class Run:
             _read_mapping(path / "config.json", json.loads),
             _read_mapping(path / "predictions.json", json.loads),
         )
+
+    @property
+    def units(self) -> Units:
+        return Units.of(self.rows)
 
     def values(self, name: str) -> list[Any]:
         """All that was recorded under `name`, in order."""
@@ -91,6 +95,7 @@ def write_report(run_dir: str | Path) -> Path:
         header=header(run),
         sections="\n".join(f"<section>\n<h2>{escape(s.title)}</h2>\n{s.html}\n</section>" for s in sections),
         version=__version__,
+        units=escape(run.units.of_loss),
     )
     path = run.path / "report.html"
     atomic_write(path, page)
@@ -99,12 +104,13 @@ def write_report(run_dir: str | Path) -> Path:
 
 def header(run: Run) -> str:
     """The outcome in one line, and the run in numbers."""
+    units = run.units
     facts = {
         "parameters": _maybe(human_count, parameter_count(run.path / "model.safetensors")),
-        "tokens seen": _maybe(human_count, run.last("num_tokens")),
+        f"{units.item}s seen": _maybe(human_count, run.last(units.seen)),
         "steps": _maybe(str, max((row["step"] for row in run.rows), default=None)),
         "training time": _maybe(duration, run.rows[-1].get("time") if run.rows else None),
-        "tokens per second": _maybe(human_count, _typical(run, "tokens_per_second")),
+        f"{units.item}s per second": _maybe(human_count, _typical(run, units.rate)),
         "peak memory": _maybe(human_bytes, run.last("peak_memory")),
         "of matmul peak": _maybe("{:.0%}".format, _typical(run, "peak_share")),
     }
@@ -122,11 +128,12 @@ def outcome(run: Run) -> str:
     if not math.isfinite(loss):
         return f"The run diverged: its last {name} is {loss}. A lower learning rate or a longer warmup may help."
     if (accuracy := run.last("eval_accuracy")) is not None:
-        return f"<strong>Held-out accuracy {accuracy:.1%}</strong>, at a {name} of {loss:.3f} nats."
-    measures = [f"perplexity {math.exp(min(loss, 99)):.4g}"]
+        return f"<strong>Held-out accuracy {accuracy:.1%}</strong>, at a {name} of {loss:.3f} {run.units.of_loss}."
+    measures = [f"perplexity {math.exp(min(loss, 99)):.4g}"] if run.units == Units() else []
     if (bits := run.last("eval_bits_per_byte")) is not None:
         measures.append(f"{bits:.3f} bits per byte")
-    text = f"<strong>{name.capitalize()} {loss:.3f}</strong> nats per token ({', '.join(measures)})"
+    text = f"<strong>{name.capitalize()} {loss:.3f}</strong> {escape(run.units.of_loss)}"
+    text += f" ({', '.join(measures)})" if measures else ""
     if (baseline := run.last("ngram_nll")) is not None:
         order = run.last("ngram_order") or "n"
         text += f"; a {order}-gram model of the same text reaches {baseline:.3f}"

@@ -43,7 +43,7 @@ from zero2hero.train.objectives import Objective
 from zero2hero.train.parallel import Ranks, join
 from zero2hero.train.report import write_report
 from zero2hero.train.sharding import parallelize, whole_model
-from zero2hero.train.tracking import Tracker, describe_machine, read_metrics
+from zero2hero.train.tracking import Tracker, Units, describe_machine, read_metrics
 from zero2hero.train.vitals import Vitals
 from zero2hero.train.watch import Watcher
 
@@ -86,6 +86,7 @@ class Task:
         flops_per_token: step -> FLOPs of training on one token.
         planned: what memory the run will take, where that is known.
         watchers: beside those that every run has.
+        units: what is counted, and what the loss is in.
     """
 
     model: nn.Module
@@ -103,6 +104,7 @@ class Task:
     flops_per_token: Callable[[int], float] | None = None
     planned: PlannedRun | None = None
     watchers: list[Watcher] = field(default_factory=list)
+    units: Units = field(default_factory=Units)
 
 
 def run(config: RunConfig, begin: Callable[[Place], Task]) -> nn.Module:
@@ -154,7 +156,7 @@ def _train(config: RunConfig, task: Task, place: Place, free: float) -> nn.Modul
         trainer = Trainer(
             model, task.objective, task.data, config.train, task.total_steps, output_dir, dtype=place.dtype,
             progress=progress, peak_flops=place.peak_flops * ranks.size, ranks=ranks, watchers=watchers,
-            flops_per_token=task.flops_per_token, describe=task.describe,
+            flops_per_token=task.flops_per_token, describe=task.describe, units=task.units,
             made_with={"settings": fingerprint(config), "rows per step": str(rows)} | task.made_with,
         )  # fmt: skip
         resumed = trainer.resume() if config.resume else 0
@@ -167,7 +169,7 @@ def _train(config: RunConfig, task: Task, place: Place, free: float) -> nn.Modul
                 trainer.sample = average.around(trainer, functools.partial(_sample, task, trainer, progress))
             trainer.evaluate = task.evaluate and average.around(trainer, task.evaluate)
             if tracker is not None and not resumed:
-                tracker.record(0, machine=describe_machine())
+                tracker.record(0, machine=describe_machine(), units=task.units.record())
                 tracker.log(0, trainer.outside_training(task.baseline))
             planned = None if trainer.masters.divided else task.planned  # the plan is for one device
             if planned and (words := warning(planned, free)):

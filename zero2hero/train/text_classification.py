@@ -18,6 +18,7 @@ from zero2hero.task_configs import TextClassificationConfig
 from zero2hero.train import objectives
 from zero2hero.train.run import Place, Task, training
 from zero2hero.train.text_tasks import encode, encoder, labelled_task, labelled_texts
+from zero2hero.train.tracking import Units
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "sentiment", "score")
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "content", "premise", "question", "review")
@@ -51,7 +52,7 @@ def _begin(config: TextClassificationConfig, place: Place) -> Task:
         evaluate_by=objectives.regression if names is None else objectives.classification,
         scores=correlations if names is None else None, token_dropout=config.token_dropout,
         announce="" if names is None else f"; labels {', '.join(model.config.id2label.values())}",
-        made_with={"data": training.fingerprint},
+        made_with={"data": training.fingerprint}, units=Units("text", "squared error" if names is None else "nats"),
     )  # fmt: skip
 
 

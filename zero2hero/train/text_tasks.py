@@ -29,6 +29,7 @@ from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.objectives import Objective, label_logits
 from zero2hero.train.pretrain import get_tokenizer
 from zero2hero.train.run import Place, Task, micro_batches, steps_of
+from zero2hero.train.tracking import Units
 
 
 def base_parts(config: EncoderTaskConfig | Text2TextConfig, kind: type[nn.Module]) -> tuple[Any, Tokenizer]:
@@ -104,7 +105,7 @@ def labelled_task(
     config: EncoderTaskConfig, place: Place, model: Encoder, tokenizer: Tokenizer,
     training: LabelledTexts, held_out: LabelledTexts, objective: Objective,
     *, evaluate_by: Objective | None = None, scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
-    token_dropout: float = 0.0, announce: str = "", made_with: dict[str, str] | None = None,
+    token_dropout: float = 0.0, announce: str = "", made_with: dict[str, str] | None = None, units: Units = Units(),  # noqa: B008
 ) -> Task:  # fmt: skip
     """A run that trains `model` to say the labels of texts.
 
@@ -113,6 +114,7 @@ def labelled_task(
         evaluate_by: the same without what is only for training (label smoothing).
         scores: (all predicted numbers, all true ones) -> measures, for regression.
         token_dropout: see `TextClassificationConfig`.
+        units: what has a label.
     """
     train = config.train
     size, together = train.per_device_train_batch_size, train.gradient_accumulation_steps * place.ranks.data_size
@@ -136,6 +138,7 @@ def labelled_task(
         f"weights{announce}",
         evaluate=evaluation(model, held_out, evaluate_by or objective, 2 * size, place, scores),
         made_with={"tokenizer": tokenizer.fingerprint, **(made_with or {})},
+        units=units,
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ one JSON object a line, each with `step` (optimizer steps done) and `time` (seco
 before a resume does not count), and then either
 
     metrics    loss, eval_loss, learning_rate, grad_norm, tokens_per_second, peak_share, epoch, num_tokens,
-               eval_bits_per_byte, ngram_nll, ngram_order, ... (losses in nats per token)
+               eval_bits_per_byte, ngram_nll, ngram_order, ...
+    units      what is counted and what losses are in (`Units`), where it is not tokens and nats
     samples    [{"prompt": ..., "text": ...}, ...], what the model wrote at that step
     machine    what `describe_machine` found, or anything else that is not a number
     tracker    the cursor of the other trackers: the id of their run, and the last step that they have
@@ -29,6 +30,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,42 @@ from zero2hero.io import atomic_write, saving
 METRICS_FILE = "metrics.jsonl"
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers: they are written as strings
 _INSTALL = {"tensorboard": "zero2hero[train]", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a run counts, and what its loss is in: nats per token, unless the task says otherwise.
+
+    item: what a loss's weight counts, in the singular ("image", "pair", "completion"); seen and per second too.
+    loss: what the loss of one such item is in.
+    """
+
+    item: str = "token"
+    loss: str = "nats"
+
+    @property
+    def of_loss(self) -> str:
+        """For people: "nats per token"."""
+        return f"{self.loss} per {self.item}"
+
+    @property
+    def seen(self) -> str:
+        """The metric that counts them: "num_tokens"."""
+        return f"num_{self.item}s"
+
+    @property
+    def rate(self) -> str:
+        """The metric of speed: "tokens_per_second"."""
+        return f"{self.item}s_per_second"
+
+    def record(self) -> dict[str, str]:
+        """As it stands in the record of a run."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> Units:
+        """Those of the run whose record this is."""
+        return cls(**next((row["units"] for row in rows if "units" in row), {}))
 
 
 class Tracker:

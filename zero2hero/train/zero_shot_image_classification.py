@@ -40,6 +40,7 @@ from zero2hero.train.image_tasks import (
 from zero2hero.train.objectives import sigmoid_contrastive, softmax_contrastive
 from zero2hero.train.pretrain import get_tokenizer
 from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
+from zero2hero.train.tracking import Units
 
 CANDIDATES = 1000
 
@@ -128,6 +129,7 @@ def _begin(config: ZeroShotImageConfig, place: Place) -> Task:
         evaluate=evaluate,
         made_with={"data": fingerprint(training, pictures), "tokenizer": tokenizer.fingerprint},
         flops_per_token=flops_per_token(model, objective, batch(0)),
+        units=Units("image"),
     )  # fmt: skip
 
 
