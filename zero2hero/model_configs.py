@@ -338,3 +338,20 @@ class Idefics3Config(SeeingConfig):
 def _check_labels(id2label: dict[int, str]) -> None:
     if sorted(id2label) != list(range(len(id2label))):
         raise UserError(f"id2label names the labels 0, 1, 2, ..., not {sorted(id2label)}")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are changed, each time anew, in ways that do not change what they show."""
+
+    shift: float = 0.0  # by up to this share of width and height
+    rotation: float = 0.0  # by up to so many degrees
+    scale: float = 0.0  # larger or smaller by up to this share
+    flip: bool = False  # half of them mirrored, left to right
+    erasing: float = 0.0  # share of the images of which a rectangle is blotted out
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "shift", "rotation", "scale", "erasing")
+        below(self, 1, "shift", "scale")
+        if self.erasing > 1:
+            raise UserError(f"erasing is a share of the images in [0, 1], not {self.erasing}")

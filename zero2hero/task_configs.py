@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from zero2hero.config import DecoderConfig, RunConfig, TokenizerConfig, TrainConfig, at_least, below, one_of
+from zero2hero.config import DecoderConfig, RunConfig, TokenizerConfig, TrainConfig, at_least, one_of
 from zero2hero.errors import UserError
 from zero2hero.model_configs import (
     CLIP_TOWER,
+    AugmentConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     MLPConfig,
@@ -16,13 +17,31 @@ from zero2hero.model_configs import (
     VisionTextConfig,
     text_tower,
 )
+from zero2hero.tune.config import LoraConfig
 
 
 @dataclass(frozen=True)
-class TextTaskConfig(RunConfig):
-    """What all runs have that train a model of texts for a task."""
+class TaskConfig(RunConfig):
+    """What all runs have that train a model for a task."""
 
     task: ClassVar[str]  # the pipeline's, which the result serves
+    method: str = "full"
+    """Of a model that begins from others: full trains every weight; lora trains an adapter and the new head, and merges
+    the adapter into what is saved."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "method", ("full", "lora"))
+        bases = ("base_model", "language_model", "vision_model")
+        if self.method == "lora" and not any(getattr(self, name, None) for name in bases):
+            raise UserError("method lora adapts a model that is there: name it with --base_model")
+
+
+@dataclass(frozen=True)
+class TextTaskConfig(TaskConfig):
+    """What all runs have that train a model of texts for a task."""
+
     data: str | list[str] = "stories"
     validation_data: str | list[str] | None = None  # held-out records, named like data; by default a part of data
     validation_fraction: float = 0.1  # of the records, held out where there is no validation_data
@@ -137,10 +156,9 @@ class Text2TextConfig(TextTaskConfig):
 
 
 @dataclass(frozen=True)
-class ImageTaskConfig(RunConfig):
+class ImageTaskConfig(TaskConfig):
     """What all runs have that train a model of images for a task."""
 
-    task: ClassVar[str]  # the pipeline's, which the result serves
     data: str = ""
     validation_data: str | None = None  # held-out records, named like data; by default a part of data
     validation_fraction: float = 0.2  # of the images, held out where there is no validation_data
@@ -152,23 +170,6 @@ class ImageTaskConfig(RunConfig):
         one_of(self, "on_bad_record", ("raise", "skip"))
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction is a share of the images in (0, 1), not {self.validation_fraction}")
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """How training images are changed, each time anew, in ways that do not change what they show."""
-
-    shift: float = 0.0  # by up to this share of width and height
-    rotation: float = 0.0  # by up to so many degrees
-    scale: float = 0.0  # larger or smaller by up to this share
-    flip: bool = False  # half of them mirrored, left to right
-    erasing: float = 0.0  # share of the images of which a rectangle is blotted out
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "shift", "rotation", "scale", "erasing")
-        below(self, 1, "shift", "scale")
-        if self.erasing > 1:
-            raise UserError(f"erasing is a share of the images in [0, 1], not {self.erasing}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from zero2hero.data.augment import augment
 from zero2hero.data.pictures import Pictures, fingerprint, open_pictures
 from zero2hero.data.worlds.raster import png
 from zero2hero.errors import UserError
-from zero2hero.task_configs import AugmentConfig, ImageClassificationConfig
+from zero2hero.model_configs import AugmentConfig
+from zero2hero.task_configs import ImageClassificationConfig
 from zero2hero.train.image_classification import label_names
 from zero2hero.train.image_tasks import Pixels, processor_for
 

@@ -20,6 +20,7 @@ from zero2hero.model_configs import CLIP_TOWER, MLPConfig, VisionConfig, VisionT
 from zero2hero.models import MLP, from_pretrained, init_mlp, save_pretrained
 from zero2hero.task_configs import ImageClassificationConfig, ImageTextConfig, ZeroShotImageConfig
 from zero2hero.train import image_classification, image_text_to_text, zero_shot_image_classification
+from zero2hero.tune import LoraConfig
 
 pytest.importorskip("PIL")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +88,20 @@ def test_going_on_from_a_model_with_other_labels(tmp_path):
         zero_shot_image_classification.train(
             ZeroShotImageConfig(base_model=str(tmp_path / "base"), output_dir=str(tmp_path / "x"), **RUN)
         )
+
+
+def test_an_adapter_learns_beside_a_base(tmp_path):
+    image_classification.train(digits("vit", tmp_path / "base"))
+    config = ImageClassificationConfig(
+        data="shapes:200", base_model=str(tmp_path / "base"), output_dir=str(tmp_path / "shapes"), method="lora",
+        lora=LoraConfig(r=2), train=dataclasses.replace(TRAIN, max_steps=3), **RUN,
+    )  # fmt: skip
+    image_classification.train(config)
+    before, after = from_pretrained(tmp_path / "base"), from_pretrained(tmp_path / "shapes")
+    update = after.layers[0].mlp.up_proj.weight - before.layers[0].mlp.up_proj.weight
+    assert 1 <= torch.linalg.matrix_rank(update, tol=1e-5) <= 2
+    assert torch.equal(before.embed_positions.weight, after.embed_positions.weight)
+    assert z2h.pipeline("image-classification", tmp_path / "shapes").parts.model.classifier.weight.shape == (5, 32)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
@@ -171,6 +186,16 @@ def test_image_text_to_text_in_stages(tmp_path):
             if not torch.equal(old, new)
         }
         assert changed == learning
+    image_text_to_text.train(
+        dataclasses.replace(
+            config, base_model=str(tmp_path / "run"), trained="projector_and_language_model", method="lora",
+            output_dir=str(tmp_path / "lora"), train=dataclasses.replace(TRAIN, max_steps=2),
+        )
+    )  # fmt: skip
+    after = from_pretrained(tmp_path / "lora")
+    changed = {n for (n, old), new in zip(before.named_parameters(), after.parameters()) if not torch.equal(old, new)}
+    assert {name.split(".")[0] for name in changed} == {"projector", "language_model"}
+    assert not any("embed" in name or "norm" in name for name in changed)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "run")

@@ -266,3 +266,31 @@ def test_tables_hold_out_a_part_and_read_parallel_files(tmp_path):
     assert pairs == {("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "vier")}
     with pytest.raises(UserError, match="Did you mean 'sentiment'"):
         open_tables("sentimant")
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_learns_and_is_merged(bert, tmp_path):
+    rows = train(
+        "text-classification", tmp_path / "run", "--base_model", bert, "--data", "sentiment:200", "--method", "lora",
+        "--lora.r", "2", "--train.learning_rate", "0.05", "--precision", "fp32", "--report_to", "[]",
+    )  # fmt: skip
+    before, after = z2h.models.from_pretrained(bert), z2h.models.from_pretrained(tmp_path / "run")
+    assert after.state_dict().keys() >= {name for name in before.state_dict() if not name.startswith("head.")}
+    changed = {name for name, value in before.state_dict().items()
+               if not name.startswith("head.") and not torch.equal(value, after.state_dict()[name])}  # fmt: skip
+    assert changed
+    assert all(before.get_parameter(name).ndim == 2 and name.startswith("layers.") for name in changed)
+    update = after.get_parameter(min(changed)) - before.get_parameter(min(changed))
+    assert torch.linalg.matrix_rank(update, tol=1e-4) <= 2
+    found = z2h.pipeline("text-classification", model=tmp_path / "run")("The soup was cold.")
+    theirs = transformers.pipeline("text-classification", model=str(tmp_path / "run"), device="cpu")(
+        "The soup was cold."
+    )
+    assert found[0]["score"] == pytest.approx(theirs[0]["score"], abs=1e-4)
+    assert last(rows, "eval_accuracy") >= 0
+
+
+def test_an_adapter_needs_a_base(capsys, tmp_path):
+    assert "--base_model" in fails(capsys, "text-classification", "--method", "lora", "--output_dir", tmp_path / "x")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zero2hero.task_configs import AugmentConfig
+from zero2hero.model_configs import AugmentConfig
 
 
 def augment(pixels_BCHW: Tensor, config: AugmentConfig, seed: int, first_row: int = 0) -> Tensor:

@@ -136,10 +136,18 @@ def run(config: RunConfig, begin: Callable[[Place], Task]) -> nn.Module:
 
 
 def training(begin: Callable[[C, Place], Task]) -> Callable[[C], None]:
-    """What a verb calls: settings -> `run` with what `begin` makes of them; the model is left in their output_dir."""
+    """What a verb calls: settings -> `run` with what `begin` makes of them; the model is left in their output_dir.
+
+    With `method` "lora" among the settings, an adapter learns.
+    """
 
     def train(config: C) -> None:
-        run(config, functools.partial(begin, config))
+        run(config, functools.partial(_adapted if getattr(config, "method", "full") == "lora" else begin, config))
+
+    def _adapted(config: Any, place: Place) -> Task:
+        from zero2hero.train.adapted import with_adapter
+
+        return with_adapter(begin(config, place), config.lora, config.train.seed)
 
     return train
 

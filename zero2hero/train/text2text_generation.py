@@ -34,7 +34,7 @@ from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.tokenizer import SENTINELS
 from zero2hero.train.objectives import seq2seq_lm
 from zero2hero.train.pretrain import get_tokenizer
-from zero2hero.train.run import Place, Sample, Task, micro_batches, run, steps_of
+from zero2hero.train.run import Place, Sample, Task, micro_batches, steps_of, training
 from zero2hero.train.text_tasks import base_parts, encode, save_model
 
 SOURCE_COLUMNS = ("source", "input", "question", "en", "document", "article", "text")
@@ -42,19 +42,16 @@ TARGET_COLUMNS = ("target", "output", "answer", "de", "summary", "highlights", "
 SHOWN = 3  # held-out records that are written out for a person to see
 
 
-def train(config: Text2TextConfig) -> None:
-    """Train and leave the model in `config.output_dir`.
-
-    Raises:
-        UserError: anything in data or settings that a person can mend.
-        Stopped: asked to stop by a signal; `resume` continues.
-    """
+def _begin(config: Text2TextConfig, place: Place) -> Task:
     if config.metric == "bleu":
         bleu(["a"], ["a"])  # say that a library is missing before the work, not after it
-    run(config, functools.partial(_pretrain if config.span_corruption else _begin, config))
+    return (_pretrain if config.span_corruption else _translate)(config, place)
 
 
-def _begin(config: Text2TextConfig, place: Place) -> Task:
+train = training(_begin)
+
+
+def _translate(config: Text2TextConfig, place: Place) -> Task:
     train = config.train
     training, held_out = open_tables(
         config.data, config.validation_data, validation_fraction=config.validation_fraction, seed=train.seed,

@@ -79,7 +79,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, tuple[str, .
     names, modules, wanted = all_names(model), modules_by_name(model), config.target_modules
     linear = {name: names[name] for name, module in modules.items() if is_linear(module)}
     if wanted == "all-linear":
-        candidates = {name: also for name, also in linear.items() if name.split(".")[0] not in HEADS}
+        candidates = {name: also for name, also in linear.items() if not _is_head(name)}
     else:
         _check_known([] if isinstance(wanted, str) else wanted, names, "target_modules")
         candidates = {name: also for name, also in names.items() if matches(wanted, also)}
@@ -96,6 +96,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, tuple[str, .
             kind = type(modules[name]).__name__
             raise UserError(f"target_modules: {name} is a {kind}; LoRA stands beside linear modules and embeddings")
     return found
+
+
+def _is_head(name: str) -> bool:
+    """A language model within another has its head further in."""
+    return name.split(".")[0] in HEADS or name.endswith(".lm_head")
 
 
 def is_kept(config: LoraConfig, name: str, also: tuple[str, ...]) -> bool:
