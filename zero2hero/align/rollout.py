@@ -11,9 +11,9 @@ ids that were sampled, never their text tokenized once more, which would be othe
 
 The behaviour log-probabilities are those of the distribution that was drawn from. With a temperature alone the training
 forward computes the same distribution, so at the first update the ratio of new to old policy is 1: in fp32 to some
-1e-6; in bf16 only to some hundredths, because the two add in another order. With top_k, top_p or min_p the sampler draws from
-a distribution without a tail, which the training forward does not know: `Rollout.exact` is False then, and old
-log-probabilities must be computed by `policy_logprobs`.
+1e-6; in bf16 only to some hundredths, because the two add in another order. With top_k, top_p or min_p the sampler
+draws from a distribution without a tail, which the training forward does not know: `Rollout.exact` is False then, and
+old log-probabilities must be computed by `policy_logprobs`.
 
 N samples (those of one prompt side by side), C tokens of the longest completion, B rows of a batch, T tokens of a row,
 K tokens of a batch that the policy chose, D width.
