@@ -1,6 +1,9 @@
 """Rewards: how they are named, called and checked."""
 
+import dataclasses
 import math
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,17 @@ def test_messages():
     talk = [[{"role": "assistant", "content": "The answer is 4."}], [{"role": "assistant", "content": "5"}]]
     scores = load_rewards("number")(PROMPTS, talk, columns={"answer": [4, "so #### 5"]})
     assert scores.total_N.tolist() == [1.0, 1.0]
+
+
+def test_a_function_that_hangs():
+    def patient(completions):
+        while True:
+            try:
+                time.sleep(1)
+            except Exception:
+                continue
+
+    rewards = dataclasses.replace(load_rewards([patient]), timeout=0.2)
+    with pytest.raises(UserError, match=r"reward patient was stopped after 0\.2 seconds"):
+        rewards(PROMPTS, ANSWERS)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -22,8 +22,11 @@ import importlib
 import importlib.util
 import inspect
 import math
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -56,10 +59,12 @@ class Rewards:
     Attributes:
         functions: name -> function; the names appear in metrics as `rewards/NAME/mean`.
         weights: of each, in order.
+        timeout: seconds that a function may take; watched where Python can interrupt it (in the main thread).
     """
 
     functions: Mapping[str, RewardFunction]
     weights: tuple[float, ...]
+    timeout: float = 600.0
 
     def __call__(
         self,
@@ -76,15 +81,17 @@ class Rewards:
             columns: name -> N values.
 
         Raises:
-            UserError: a function raises, or returns another number of rewards than N, NaN, an infinite number, or
-                something that is no number. It names the function.
+            UserError: a function raises, takes too long, or returns another number of rewards than N, NaN, an infinite
+                number, or something that is no number. It names the function.
         """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **(columns or {})}
         by_function = [
-            torch.tensor(_checked(name, _call(name, function, given), len(completions)), dtype=torch.float32)
+            torch.tensor(
+                _checked(name, _call(name, function, given, self.timeout), len(completions)), dtype=torch.float32
+            )
             for name, function in self.functions.items()
         ]
-        by_function_NF = torch.stack(by_function, dim=-1)
+        by_function_NF = torch.stack(by_function, dim=-1).float()
         if (unrewarded_N := by_function_NF.isnan().all(-1)).any():
             first = int(unrewarded_N.nonzero()[0])
             warnings.warn(
@@ -139,9 +146,9 @@ def load_rewards(
 
 
 def _find(spec: str, allow_code_execution: bool) -> tuple[str, RewardFunction]:
-    name, equals, argument = spec.partition("=")
+    name, _, argument = spec.partition("=")
     if name in VERIFIERS:
-        return name, verifier(name, argument if equals else None, allow_code_execution=allow_code_execution)
+        return name, verifier(name, argument, allow_code_execution=allow_code_execution)
     place, colon, name = spec.rpartition(":")
     if colon and place.endswith(".py"):
         return name, _member(_run_file(Path(place).expanduser()), name, place)
@@ -193,9 +200,35 @@ def _member(module: ModuleType, name: str, place: str) -> RewardFunction:
 # --- calling ----------------------------------------------------------------------------------------------------
 
 
-def _call(name: str, function: RewardFunction, given: Mapping[str, Any]) -> Any:
+class _TooLong(BaseException):
+    """Not an Exception: the function itself should not catch it."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `_TooLong` in what runs here after so many seconds; only the main thread can be interrupted so."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _call(name: str, function: RewardFunction, given: Mapping[str, Any], timeout: float) -> Any:
     """What `function` returns for the parameters that it has."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of some that are written in C
+        raise UserError(f"reward {name} does not say what parameters it has: wrap it in a function that does") from None
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         needed = [p.name for p in parameters if p.default is p.empty and p.name not in given]
         if needed:
@@ -203,7 +236,10 @@ def _call(name: str, function: RewardFunction, given: Mapping[str, Any]) -> Any:
             raise UserError(f"reward {name} needs a column '{needed[0]}' that the data do not have; there is {known}")
         given = {p.name: given[p.name] for p in parameters if p.name in given}
     try:
-        return function(**given)
+        with _at_most(timeout):
+            return function(**given)
+    except _TooLong:
+        raise UserError(f"reward {name} was stopped after {timeout:g} seconds: it hangs, or is too slow") from None
     except UserError as error:
         raise UserError(f"reward {name}: {error}") from error
     except Exception as error:
