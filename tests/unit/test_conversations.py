@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from zero2hero.data.conversations import read_records, recognize
+from zero2hero.data.conversations import question_of, read_records, recognize
 from zero2hero.data.examples import encode_record, encode_records
 from zero2hero.errors import UserError
 from zero2hero.tokenizer import Tokenizer
@@ -256,3 +256,26 @@ def test_what_max_length_takes_is_counted():
         encode_record(recognize({"prompt": "Q", "chosen": "A", "rejected": "B"}), tokenizer)
     with pytest.raises(UserError, match="line 4: no token of this record would be trained"):
         encode_record(recognize({"messages": [ASK]}, 4, "line 4"), tokenizer)
+
+
+def test_what_there_is_to_answer():
+    """A question and what else is known, of every kind of record that asks something."""
+    gsm8k = recognize({"question": "Q", "answer": "1 + 1 = 2\n#### 2", "level": 1})
+    assert question_of(gsm8k) == ([ASK], {"answer": "1 + 1 = 2\n#### 2", "level": 1})
+    talk = recognize({"messages": [ASK, YES, ASK, NO], "source": "s"})
+    assert question_of(talk) == ([ASK, YES, ASK], {"answer": "B", "source": "s"})
+    assert question_of(recognize({"messages": [ASK]})) == ([ASK], {})
+    assert question_of(recognize({"prompt": "P", "answer": "4"})) == ("P", {"answer": "4"})
+    assert question_of(recognize({"prompt": "P", "completion": "C"})) == ("P", {"answer": "C"})
+    assert question_of(recognize({"prompt": [ASK], "completion": [YES]})) == ([ASK], {"answer": "A"})
+    with pytest.raises(UserError, match="line 3: a text is nothing to answer"):
+        question_of(recognize({"text": "T"}, 3, "line 3"))
+
+
+def test_sums_are_questions_with_worked_answers():
+    made = list(read_records("sums:30"))
+    assert {record.shape for record in made} == {"question and answer"}
+    for record in made:
+        prompt, columns = question_of(record)
+        assert prompt[0]["content"].strip()
+        assert columns["answer"].rpartition("\n#### ")[2].lstrip("-").isdecimal()

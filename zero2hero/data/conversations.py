@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zero2hero.data.files import BadRecords
-from zero2hero.data.messages import Messages, check_order, normal_messages, parsed
+from zero2hero.data.messages import Messages, check_order, normal_messages, parsed, text_of
 from zero2hero.data.sources import open_source
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.tokenizer.turns import common_prefix
@@ -107,6 +107,26 @@ def recognize(row: Any, number: int = 1, where: str = "") -> Record:
     hint = next((hint for name in row if name not in known and (hint := did_you_mean(str(name), known))), "")
     there = ", ".join(f"'{name}'" for name in row) or "none"
     raise UserError(f"{where}: these columns are no known shape: {there}.{hint} Rename them to one of: {understood}.")
+
+
+def question_of(record: Record) -> tuple[Turns, dict[str, Any]]:
+    """What there is to answer, and what else the record knows, by name: for reinforcement learning and evaluation.
+
+    The answer that a record gives (its last turn, its completion, GSM8K's worked solution) is the column `answer`.
+
+    Raises:
+        UserError: the record holds nothing to answer, such as a text.
+    """
+    if record.kind == "prompt":
+        return record.prompt, record.other
+    if record.kind == "completion":
+        answer = record.completion if isinstance(record.completion, str) else text_of(record.completion[-1])
+        return record.prompt, {"answer": answer, **record.other}
+    if record.kind == "conversation":
+        at = max(i for i, message in enumerate(record.messages) if message["role"] != "assistant") + 1
+        given = {"answer": text_of(record.messages[-1])} if at < len(record.messages) else {}
+        return record.messages[:at], given | record.other
+    raise UserError(f"{record.where}: a {record.kind} is nothing to answer: give prompts, or questions with answers.")
 
 
 # --- shapes -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from zero2hero.data.worlds.base import BaseWorld, document_rng, split_of
 from zero2hero.errors import UserError
@@ -42,6 +43,11 @@ class Problem:
     def text(self) -> str:
         """The whole problem as one document."""
         return f"{self.question}\n{' '.join(self.steps)}\nThe answer is {self.answer}."
+
+    @property
+    def solution(self) -> str:
+        """The steps, a line each, and the answer in the last one: "#### 85"."""
+        return "\n".join([*self.steps, f"#### {self.answer}"])
 
     def check(self, text: str) -> bool:
         """Is this the right answer? What counts is the last "answer is N", else the last number of `text`."""
@@ -175,9 +181,14 @@ def problem(index: int, split: str = "train", seed: int = 0, level: int | None =
 
 
 class Sums(BaseWorld):
-    """The world of sums: document `index` is the text of `problem(index)`."""
+    """The world of sums: document `index` is the text of `problem(index)`, its record the same in GSM8K's form."""
 
     name = "sums"
 
     def document(self, index: int, split: str = "train") -> str:
         return problem(index, split, self.seed).text
+
+    def record(self, index: int, split: str = "train") -> dict[str, Any]:
+        """Question and worked answer, as GSM8K writes them down (Cobbe et al. 2021, arXiv 2110.14168)."""
+        found = problem(index, split, self.seed)
+        return {"question": found.question, "answer": found.solution, "level": found.level}
