@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zero2hero.nn import logprobs
-from zero2hero.nn.logprobs import IGNORE, nll_sum, token_logprobs
+from zero2hero.nn.logprobs import IGNORE, logprobs_and_entropies, nll_sum, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,3 +244,18 @@ def test_label_smoothing_with_a_frozen_head():
     hidden, weight, targets = problem()
     frozen = torch.autograd.grad(nll_sum(hidden, weight.detach(), targets, 0.3)[0], hidden)[0]
     close(frozen, torch.autograd.grad(nll_sum(hidden, weight, targets, 0.3)[0], hidden)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_entropies_come_with_the_log_probabilities(chunk, temperature):
+    hidden, weight, targets = problem((60,), ignored=0.0)
+    got, entropies = logprobs_and_entropies(hidden, weight, targets, temperature=temperature)
+    close(got, reference(hidden, weight, targets, temperature))
+    distributions = torch.distributions.Categorical(logits=hidden @ weight.t() / temperature)
+    close(entropies, distributions.entropy())
+    assert not entropies.requires_grad
+    each = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    want = token_logprobs(hidden, weight, targets, temperature=temperature)
+    gradients = [torch.autograd.grad((values * each).sum(), (hidden, weight)) for values in (got, want)]
+    for a, b in zip(*gradients):
+        close(a, b)

@@ -7,7 +7,8 @@ chunks of tokens and each chunk is thrown away (Wijmans et al. 2024, "Cut your l
 Positions without a target are dropped before the product. Logarithms and sums are in fp32 whatever the weights are.
 
 Two ways back:
-  token_logprobs  any gradient per token (DPO, PPO, GRPO); its backward pass makes each chunk again.
+  token_logprobs  any gradient per token (DPO, PPO, GRPO); its backward pass makes each chunk again
+                  (`logprobs_and_entropies`: the same, and how undecided the model was).
   nll_sum         the summed negative log-likelihood (pretraining, SFT), whose gradient is known before it is asked for:
                   the forward pass makes it from the chunk at hand, three products in all instead of four.
 
@@ -59,18 +60,43 @@ def _scores(
     return logprobs, gradient.mul_(-grad[:, None] / temperature).to(weight.dtype)
 
 
+def _entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One chunk's log-probabilities of the targets [n], and the entropies [n] of their distributions, in fp32.
+
+    With z the logits and Z the logarithm of their exponentials' sum, log p = z - Z and H = -sum of p log p.
+    """
+    logits = hidden @ weight.t()
+    if native.usable(logits):
+        logprobs = native.log_likelihood_(logits, targets, gradient=False, scale=1.0 / temperature)
+        everything = logits.float() if temperature == 1.0 else logits.float().div_(temperature)
+        everything -= everything.gather(-1, targets[:, None]) - logprobs[:, None]
+    else:
+        everything = torch.log_softmax(logits.float() / temperature, -1)
+        logprobs = everything.gather(-1, targets[:, None])[:, 0]
+    return logprobs, -torch.bmm(everything.exp()[:, None], everything[:, :, None])[:, 0, 0]
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
-        for c in _chunks(len(targets), len(weight)):
-            logprobs[c] = _scores(hidden[c], weight, targets[c], temperature)[0]
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature = temperature
-        return logprobs
+    """The log-probabilities; with `entropy` also the entropies, which have no gradient."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool = False):
+        logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        for c in _chunks(len(targets), len(weight)):
+            if entropies is None:
+                logprobs[c], _ = _scores(hidden[c], weight, targets[c], temperature)
+            else:
+                logprobs[c], entropies[c] = _entropies(hidden[c], weight, targets[c], temperature)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        if entropies is None:
+            return logprobs
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *no_grads: Tensor):
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -79,7 +105,7 @@ class _TokenLogprobs(torch.autograd.Function):
             assert gradient is not None
             grad_hidden[c] = gradient @ weight
             _accumulate(grad_weight, gradient, hidden[c])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 class _NLLSum(torch.autograd.Function):
@@ -172,6 +198,17 @@ def token_logprobs(hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, temper
         return logprobs.view(targets.shape)
     flat = logprobs.new_zeros(targets.numel())
     return flat.masked_scatter(keep, logprobs).view(targets.shape)
+
+
+def logprobs_and_entropies(
+    hidden_KD: Tensor, weight_VD: Tensor, targets_K: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` [K] of tokens that all have a target, and the entropy [K] in nats that each was drawn from.
+
+    Both come from one pass; the entropies carry no gradient.
+    """
+    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden_KD, weight_VD, targets_K, temperature, True)
+    return found
 
 
 def nll_sum(

@@ -43,6 +43,8 @@ from zero2hero.train.sharding import master_weights
 from zero2hero.train.tracking import Tracker, Units
 from zero2hero.train.watch import Watcher
 
+_WEIGHT = " weight"  # behind the name of a metric: what its sum is divided by
+
 
 @dataclass
 class State:
@@ -226,6 +228,7 @@ class Trainer:
             loss = self.objective(self.model, batch)
             self.masters.backward(loss.sum)
             parts = {"loss": loss.sum.detach(), "weight": loss.weight, "tokens": batch.num_tokens} | loss.metrics
+            parts |= {name + _WEIGHT: value for name, value in loss.weights.items()}
             numbers = {name: float(value) for name, value in parts.items()}
             sums = {name: sums.get(name, 0.0) + number for name, number in numbers.items()}
             self.micro_batch_losses.append(numbers["loss"] / max(1.0, numbers["weight"]))
@@ -271,7 +274,9 @@ class Trainer:
         w, self._window = self._window, _Window()
         speed = w.tokens / max(w.seconds, 1e-9)
         self.metrics["loss"] = w.loss / w.weight if w.weight else math.nan  # every step of it was skipped
-        self.metrics |= {name: value / w.weight for name, value in w.metrics.items()}
+        for name, value in w.metrics.items():
+            if not name.endswith(_WEIGHT):
+                self.metrics[name] = value / (w.metrics.get(name + _WEIGHT) or w.weight)
         for watcher in self.watchers:
             self.metrics |= watcher.metrics()
         shown = speed if self.units.item == "token" else w.weight / max(w.seconds, 1e-9)  # padding is a token as well

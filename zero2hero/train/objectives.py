@@ -22,11 +22,15 @@ from zero2hero.nn.moe import load_balancing_loss, router_logits
 
 @dataclass
 class Loss:
-    """`sum` carries the gradient; `sum / weight` is the loss that people read. `metrics` are sums as well."""
+    """`sum` carries the gradient; `sum / weight` is the loss that people read. `metrics` are sums as well.
+
+    `weights`: what a metric is divided by, where that is not the loss's weight.
+    """
 
     sum: Tensor
     weight: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 Objective = Callable[[nn.Module, Any], Loss]
@@ -56,7 +60,8 @@ def with_balanced_experts(objective: Objective, top_k: int, coefficient: float) 
         with router_logits(model) as logits:
             loss = objective(model, batch)
         penalty = load_balancing_loss(logits, top_k) * loss.weight
-        return Loss(loss.sum + coefficient * penalty, loss.weight, {**loss.metrics, "expert_balance": penalty.detach()})
+        metrics = {**loss.metrics, "expert_balance": penalty.detach()}
+        return Loss(loss.sum + coefficient * penalty, loss.weight, metrics, loss.weights)
 
     return balanced
 
