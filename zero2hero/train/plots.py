@@ -136,6 +136,18 @@ def scores_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure
     return small_figure("Held-out answers that are right", shown, (theme.evaluation, theme.train), theme, shares=True)
 
 
+def attempts_figure(found: Mapping[str, Any], rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """pass@k and maj@k over k, before and after, of what evaluate/pass_at_k.py found."""
+
+    def curve(when: str, what: str) -> tuple[Floats, Floats]:
+        shares = found[when][what]
+        return np.array([float(k) for k in shares]), np.array(list(shares.values()))
+
+    curves = {f"{name}@k {when}": curve(when, f"{name}_at") for when in ("before", "after") for name in ("pass", "maj")}
+    colours = (theme.train, theme.ngram, theme.evaluation, theme.ink)
+    return small_figure("Problems that k samples solve", curves, colours, theme, shares=True, over="k")
+
+
 def small_figure(
     title: str,
     curves: Mapping[str, tuple[Floats, Floats]],
@@ -143,6 +155,7 @@ def small_figure(
     theme: Theme,
     line: float | None = None,
     shares: bool = False,
+    over: str = "steps",
 ) -> Figure | None:
     """Curves over steps, for a third of the page: logarithmic (or shares), labelled at their ends; `line` is dashed."""
     from matplotlib.figure import Figure
@@ -168,7 +181,7 @@ def small_figure(
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", integer=True, nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
-    axes.set_xlabel("steps")
+    axes.set_xlabel(over)
     _label_ends(axes, labels, gap=0.1)
     _title(axes, title, theme)
     _dress(axes, theme)

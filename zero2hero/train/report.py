@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import html
 import json
@@ -261,6 +262,27 @@ def confusion(run: Run) -> Section | None:
     return Section("Confusions", words + table)
 
 
+def attempts(run: Run) -> Section | None:
+    """Of a model that learned to reason: what many attempts at each problem come to, before and after.
+
+    attempts.json holds "verdict", "table" (rows of name, before, after), "before" and "after" (evaluate/pass_at_k.py).
+    """
+    found = _read_mapping(run.path / "attempts.json", json.loads)
+    if not found:
+        return None
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(before)}</td><td>{escape(after)}</td></tr>'
+        for name, before, after in found["table"]
+    )
+    head = "<thead><tr><th></th><th>before</th><th>after</th></tr></thead>"
+    words = f'<p>{escape(found["verdict"])}</p><div class="tables"><table>{head}<tbody>{rows}</tbody></table></div>'
+    with contextlib.suppress(ImportError):
+        words += (
+            f'<div class="small">{pictures(run, {"attempts": functools.partial(plots.attempts_figure, found)})}</div>'
+        )
+    return Section("Many attempts, before and after", words)
+
+
 def settings(run: Run) -> Section | None:
     """run.yaml as tables, one for each of its sections."""
     if not run.settings:
@@ -282,7 +304,16 @@ def machine(run: Run) -> Section | None:
 
 
 # the body of the page, in order; a builder returns None when the run has nothing to show in it
-SECTIONS: list[Callable[[Run], Section | None]] = [curves, health, seen, confusion, samples, settings, machine]
+SECTIONS: list[Callable[[Run], Section | None]] = [
+    curves,
+    attempts,
+    health,
+    seen,
+    confusion,
+    samples,
+    settings,
+    machine,
+]
 
 
 def escape(text: object) -> str:

@@ -1,0 +1,1 @@
+"""Evaluation: how good a model is, with how much of it is chance."""
