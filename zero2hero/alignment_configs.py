@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from zero2hero.config import at_least, one_of
+from zero2hero.config import TrainConfig, at_least, one_of
 from zero2hero.errors import UserError
+from zero2hero.tuning_configs import TuneConfig
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -55,3 +56,76 @@ class PolicyLossConfig:
         if self.epsilon_high is not None:
             return self.epsilon_high
         return 5.0 if self.loss_type == "cispo" else self.epsilon
+
+
+def online_defaults() -> TrainConfig:
+    """Settings of the loop that suit a policy which learns from its own samples: small steps, nothing decays."""
+    return TrainConfig(
+        optim="adamw", learning_rate=1e-4, weight_decay=0.0, adam_beta2=0.999, lr_scheduler_type="constant",
+        warmup_steps=0, num_train_epochs=1.0, per_device_train_batch_size=16, max_length=1024, logging_steps=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnlineConfig(TuneConfig):
+    """What all runs have that learn from their own samples: `ppo` and `grpo`."""
+
+    data: str | list[str] = ""
+    """Prompts to answer: records with a column `prompt`, or conversations, whose last answer becomes the column
+    `answer`. All other columns are handed to the reward functions."""
+    reward_funcs: list[str] = field(default_factory=list)
+    """What says how good an answer is, as in '[number, rewards.py:politeness, runs/reward]': verifiers, functions of a
+    file or a module, reward models. See align/rewards.py."""
+    reward_weights: list[float] = field(default_factory=list)
+    """What each of them counts; by default 1. One that counts 0 is looked at alone, and shown."""
+    allow_code_execution: bool = False  # verifiers may run Python that the model wrote, in a sandbox
+    max_completion_length: int = 256  # tokens of an answer, at most
+    temperature: float = 1.0  # of sampling
+    top_k: int = 0  # sample from so many likeliest tokens only; 0: from all
+    top_p: float = 1.0  # ... from the likeliest that have this probability together
+    min_p: float = 0.0  # ... from those at least this share as likely as the likeliest
+    num_eval_prompts: int = 64  # of the held-out prompts, so many are answered at each evaluation
+    train: TrainConfig = field(default_factory=online_defaults)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "max_completion_length", "num_eval_prompts")
+        if not self.data:
+            raise UserError("say which prompts to answer: --data prompts.jsonl, records with a column `prompt`")
+        if not self.reward_funcs:
+            raise UserError(
+                "say what rewards an answer: --reward_funcs '[number]', '[file.py:function]', '[runs/reward]'"
+            )
+
+
+@dataclass(frozen=True)
+class PpoConfig(OnlineConfig):
+    """`zero2hero ppo`: prompts and rewards in, a policy that earns more of them out. Names and defaults are TRL's."""
+
+    output_dir: str = "runs/ppo"
+    num_ppo_epochs: int = 4  # how often each rollout is learned from
+    num_mini_batches: int = 1
+    """Steps that an epoch over a rollout takes: a rollout has train.per_device_train_batch_size *
+    train.gradient_accumulation_steps * num_mini_batches prompts, answered once each."""
+    kl_coef: float = 0.05  # what one nat of KL to the model as it was costs, in units of reward
+    kl_estimator: str = "k1"  # of each token's KL: k1 (unbiased), or k3 (unbiased too, never negative)
+    target_kl: float | None = None
+    """Nats per completion that kl_coef is adapted to hold (Ziegler et al. 2019); by default it stays as it is."""
+    horizon: int = 10_000  # completions in which kl_coef adapts
+    cliprange: float = 0.2  # the ratio of new to old probability counts within 1 +- this
+    cliprange_value: float = 0.2  # the value may move by so much from what it was, as far as its loss goes
+    vf_coef: float = 0.1  # what the value's loss counts
+    gamma: float = 1.0  # what a reward one token later is worth
+    lam: float = 0.95  # of GAE: 1 trusts rewards alone, 0 the value alone
+    whiten_rewards: bool = False  # divide the rewards of a rollout by their standard deviation
+    whiten_advantages: bool = True  # give the advantages of a rollout mean 0 and variance 1
+    missing_eos_penalty: float | None = None  # taken off the score of a completion that was cut off
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "horizon")
+        at_least(self, 0, "kl_coef", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam")
+        one_of(self, "kl_estimator", ("k1", "k3"))
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise UserError(f"{name} is at most 1, not {getattr(self, name)}")

@@ -20,14 +20,11 @@ def tuning_defaults() -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig(RunConfig):
-    """`zero2hero sft`: a model and demonstrations in, a model that does the same out."""
+class TuneConfig(RunConfig):
+    """What all runs have that train a language model further, by demonstrations, preferences or rewards."""
 
     model: str = ""  # the model to tune: a run, a Hugging Face directory, or a hub id
-    data: str | list[str] = "dialogues"
-    """What to learn: conversations, prompts with completions, or texts, in any common form (`zero2hero data inspect`
-    shows what is recognized); a file, a folder, a hub data set, or the built-in dialogues."""
-    output_dir: str = "runs/sft"
+    data: str | list[str] = ""  # records in any common form (`zero2hero data inspect` shows what is recognized)
     eval_data: str | list[str] = ""  # what to measure by; by default a part of data
     validation_fraction: float = 0.05  # of the records of data, kept out of training when there is no eval_data
     method: str = "lora"
@@ -35,16 +32,9 @@ class SftConfig(RunConfig):
     model then wants a tenth of the learning rate)."""
     chat_template: str | None = None
     """chatml, llama3, gemma, ... or a .jinja file; by default the model's own, and ChatML for a model without one."""
-    packing: bool = True  # several examples in a row, which do not see each other; false: one example a row
-    assistant_only_loss: bool = True  # of conversations, learn the assistant's turns alone
-    completion_only_loss: bool = True  # of completions, learn these and not their prompts
     freeze: list[str] = field(default_factory=list)
     """Of method full, what stays as it is: beginnings of names, such as '[embed_tokens, layers.0]'."""
-    retain_data: str = ""
-    """Text such as the model was pretrained on: its loss, before and after, shows what is forgotten."""
-    exact_match: int = 0  # so many held-out records are answered at each evaluation and compared with the data
     on_bad_record: str = "raise"  # a record that cannot be used is an error (raise), or is left out (skip)
-    train: TrainConfig = field(default_factory=tuning_defaults)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
 
     def __post_init__(self) -> None:
@@ -57,6 +47,26 @@ class SftConfig(RunConfig):
             raise UserError(f"validation_fraction is a share of the records in (0, 1), not {self.validation_fraction}")
         if self.freeze and self.method != "full":
             raise UserError(f"freeze is for --method full: {self.method} trains the adapter alone")
+
+
+@dataclass(frozen=True)
+class SftConfig(TuneConfig):
+    """`zero2hero sft`: a model and demonstrations in, a model that does the same out."""
+
+    data: str | list[str] = "dialogues"
+    """What to learn: conversations, prompts with completions, or texts, in any common form (`zero2hero data inspect`
+    shows what is recognized); a file, a folder, a hub data set, or the built-in dialogues."""
+    output_dir: str = "runs/sft"
+    packing: bool = True  # several examples in a row, which do not see each other; false: one example a row
+    assistant_only_loss: bool = True  # of conversations, learn the assistant's turns alone
+    completion_only_loss: bool = True  # of completions, learn these and not their prompts
+    retain_data: str = ""
+    """Text such as the model was pretrained on: its loss, before and after, shows what is forgotten."""
+    exact_match: int = 0  # so many held-out records are answered at each evaluation and compared with the data
+    train: TrainConfig = field(default_factory=tuning_defaults)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.exact_match < 0:
             raise UserError(f"exact_match must be at least 0, not {self.exact_match}")
 

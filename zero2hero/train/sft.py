@@ -44,7 +44,7 @@ from zero2hero.train.objectives import causal_lm
 from zero2hero.train.pretrain import evaluation, language_objective
 from zero2hero.train.run import Place, Sample, Task, micro_batches, run, steps_of
 from zero2hero.tune import add_lora, save_adapter
-from zero2hero.tuning_configs import SftConfig
+from zero2hero.tuning_configs import SftConfig, TuneConfig
 
 Talker = Callable[[Any], LanguageModel]  # model -> it with its tokenizer, ready to answer
 
@@ -117,19 +117,19 @@ def planned_memory(config: SftConfig, shape: DecoderConfig, max_length: int, pla
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-def base_model(config: SftConfig, folder: Any, place: Place) -> Decoder:
+def base_model(config: TuneConfig, folder: Any, place: Place) -> Decoder:
     """The model to tune: in fp32 to train every weight; else as it computes, in 4 bits where asked for."""
     dtype = torch.float32 if config.method == "full" else place.dtype
     model = from_pretrained(folder, dtype=dtype, load_in_4bit=config.method == "qlora")
     if not isinstance(model, Decoder):
         raise UserError(
-            f"{config.model} is a {type(model).__name__}, and sft tunes decoders. `zero2hero --help` lists what trains "
-            "others: train text-classification, train text2text-generation, ..."
+            f"{config.model} is a {type(model).__name__}, and what is tuned here are decoders. `zero2hero --help` "
+            "lists what trains others: train text-classification, train text2text-generation, ..."
         )
     return model
 
 
-def adapt(model: Decoder, config: SftConfig) -> nn.Module:
+def adapt(model: Decoder, config: TuneConfig) -> nn.Module:
     """The model as it is trained: with an adapter, or with some of its weights frozen."""
     if config.method != "full":
         return add_lora(model, config.lora, seed=config.train.seed)
@@ -145,7 +145,7 @@ def adapt(model: Decoder, config: SftConfig) -> nn.Module:
     return model
 
 
-def save_tuned(lm: LanguageModel, config: SftConfig) -> None:
+def save_tuned(lm: LanguageModel, config: TuneConfig) -> None:
     """The whole model; or the adapter in PEFT's format, with the tokenizer and what ends an answer beside it."""
     if config.method == "full":
         return save(lm, config.output_dir)
