@@ -129,3 +129,7 @@ class PpoConfig(OnlineConfig):
         for name in ("gamma", "lam"):
             if getattr(self, name) > 1:
                 raise UserError(f"{name} is at most 1, not {getattr(self, name)}")
+
+    @property
+    def samples_per_rollout(self) -> int:
+        return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps * self.num_mini_batches

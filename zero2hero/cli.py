@@ -128,6 +128,18 @@ VERBS = {
             "zero2hero sft --model runs/quickstart --data dialogues:6000 --method full --train.learning_rate 1e-3",
         ),
     ),
+    "ppo": Verb(
+        "Let a model earn rewards, with a critic that says what was to be expected, near to what it was (PPO).",
+        "zero2hero.alignment_configs:PpoConfig",
+        "zero2hero.align.ppo:ppo",
+        (
+            "zero2hero ppo --model runs/mine --data prompts.jsonl --reward_funcs '[runs/reward]'",
+            "zero2hero ppo --model runs/mine --data sums --reward_funcs '[number]' --max_completion_length 64 "
+            "--target_kl 6",
+            "zero2hero ppo --model runs/mine --data prompts.jsonl --reward_funcs '[runs/reward, rewards.py:truth]' "
+            "--reward_weights '[1, 0]' --kl_coef 0.01",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",
