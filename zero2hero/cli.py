@@ -2,7 +2,7 @@
 
 Thin on purpose: a table. What a verb can be told is a dataclass, what it does a function that takes it; both are
 imported when the verb is used. Bad input of any kind is one clear line on the error stream and exit code 2; being
-stopped by Ctrl-C or SIGTERM is 130 or 143, after saving.
+stopped by Ctrl-C or SIGTERM is 130 or 143, after saving; a run that did not do what it is for is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from zero2hero.command_line import Verb, named, parse
-from zero2hero.errors import Stopped, UserError, did_you_mean
+from zero2hero.errors import FellShort, Stopped, UserError, did_you_mean
 
 VERBS = {
     "quickstart": Verb(
@@ -287,6 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(2)  # torchrun ends all processes when one ends: let the first one speak
         print("zero2hero" + f", rank {rank}" * (rank != "0") + f": {error}", file=sys.stderr)
         return 2
+    except FellShort as error:
+        print(f"zero2hero: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print("stopped and saved; the same command with --resume continues it", file=sys.stderr)
         return 128 + stopped.signal_number

@@ -1,4 +1,4 @@
-"""The exception that users are meant to read, and the one that ends a run which was asked to stop.
+"""The exception that users are meant to read, and those that end a run which fell short or was asked to stop.
 
 Anything a person can mend (a wrong path, a misspelt option, a model that does not fit) is raised as
 `UserError` with a message that says what was wrong, where, and what to do next. The command line prints
@@ -13,6 +13,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Input or environment that the user can put right."""
+
+
+class FellShort(Exception):
+    """A run came to its end and did not do what it is for. The command line prints why and exits with code 1."""
 
 
 class Stopped(Exception):

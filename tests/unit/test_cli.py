@@ -12,6 +12,7 @@ import yaml
 from zero2hero.cli import VERBS, main
 from zero2hero.command_line import describe
 from zero2hero.config import PretrainConfig, from_dict, to_yaml
+from zero2hero.errors import FellShort
 
 SMALL = [
     "--train.max_steps", "4", "--train.max_length", "32", "--train.per_device_train_batch_size", "4",
@@ -150,3 +151,12 @@ def test_read_only_directory(tmp_path, book, capsys):
     (tmp_path / "locked").mkdir(mode=0o555)
     out = ["--output_dir", tmp_path / "locked" / "run", *SMALL]
     assert "cannot save" in fails(capsys, "pretrain", "--data", book, *out)
+
+
+def test_a_run_that_falls_short_exits_with_1(monkeypatch, capsys):
+    def fall_short(_):
+        raise FellShort("the stage taught nothing: 50% before, 50% after")
+
+    monkeypatch.setattr("zero2hero.quickstart.run", fall_short)
+    assert main(["quickstart"]) == 1
+    assert capsys.readouterr().err == "zero2hero: the stage taught nothing: 50% before, 50% after\n"

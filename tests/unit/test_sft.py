@@ -108,6 +108,19 @@ def test_every_weight_but_the_frozen_ones(config, base, packing):
     )
 
 
+def test_a_tuned_model_is_tuned_further(config, tmp_path):
+    """What an adapter learned is where the next training of every weight begins."""
+    answered = {"temperature": 0, "max_new_tokens": 8}
+    learned = sft(dataclasses.replace(config, train=dataclasses.replace(TRAIN, max_steps=40)))
+    still = dataclasses.replace(TRAIN, max_steps=1, warmup_steps=0, learning_rate=0.0)
+    further = dataclasses.replace(config, model=config.output_dir, output_dir=str(tmp_path / "further"), train=still)
+    with pytest.raises(UserError, match=r"is an adapter.*--method full.*zero2hero merge"):
+        sft(further)
+    again = sft(dataclasses.replace(further, method="full"))
+    question = [{"role": "user", "content": "What colour is the sky?"}]
+    assert again.chat(question, **answered) == learned.chat(question, **answered) == "Blue."
+
+
 def test_on_a_base_in_four_bits(config):
     losses = [row["eval_loss"] for row in read_metrics(_run(config, method="qlora")) if "eval_loss" in row]
     assert losses[-1] < 0.8 * losses[0]

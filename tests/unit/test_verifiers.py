@@ -132,6 +132,11 @@ def test_unit_tests():
     assert unit_tests([good], [["assert add(1, 1) == 2", "assert add(1, 2) == 3"]]) == [1.0]
 
 
+def test_samples_without_the_column_are_not_judged():
+    assert verifier("number")(["1", "2", "3"], answer=["1", None, "4"]) == [1.0, None, 0.0]
+    assert verifier("regex")(["1", "2"], pattern=[None, "2"]) == [None, 1.0]
+
+
 def test_a_column_is_missing():
     with pytest.raises(UserError, match="no column 'gold' to compare with; there is prompts, answer"):
         verifier("number", "gold")(["1"], prompts=["?"], answer=["1"])

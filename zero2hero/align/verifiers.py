@@ -183,6 +183,10 @@ def verifier(name: str, argument: str = "", *, allow_code_execution: bool = Fals
             return check(completions, [argument] * len(completions))
         if column not in columns:
             raise UserError(f"the data have no column '{column}' to compare with; there is {', '.join(columns)}")
-        return check(completions, columns[column])
+        known = [i for i, value in enumerate(columns[column]) if value is not None]  # data may be mixed
+        verdicts: Verdicts = [None] * len(completions)
+        for i, verdict in zip(known, check([completions[i] for i in known], [columns[column][i] for i in known])):
+            verdicts[i] = verdict
+        return verdicts
 
     return reward

@@ -108,7 +108,9 @@ def attempt(
         texts = engine.run(requests)
         asked = [problems[i] for i in some for _ in range(samples + 1)]
         written = [_as_completion(prompt, text.text) for (prompt, _), text in zip(asked, texts, strict=True)]
-        columns = {name: [known.get(name) for _, known in asked] for name in asked[0][1]}
+        columns = {
+            name: [known.get(name) for _, known in asked] for name in {n: 0 for _, known in asked for n in known}
+        }
         given = rewards([prompt for prompt, _ in asked], written, [t.output_ids for t in texts], columns)
         right += (given.by_function_NF[:, 0] > 0.5).tolist()
         form += (given.by_function_NF[:, 1:] > 0).tolist()

@@ -43,7 +43,7 @@ from zero2hero.train.memory_plan import Run as PlannedRun
 from zero2hero.train.objectives import causal_lm
 from zero2hero.train.pretrain import evaluation, language_objective
 from zero2hero.train.run import Place, Sample, Task, micro_batches, run, steps_of
-from zero2hero.tune import add_lora, save_adapter
+from zero2hero.tune import add_lora, base_folder, is_adapter, load_adapter, merge, save_adapter
 from zero2hero.tuning_configs import SftConfig, TuneConfig
 
 Talker = Callable[[Any], LanguageModel]  # model -> it with its tokenizer, ready to answer
@@ -118,9 +118,20 @@ def planned_memory(config: SftConfig, shape: DecoderConfig, max_length: int, pla
 
 
 def base_model(config: TuneConfig, folder: Any, place: Place) -> Decoder:
-    """The model to tune: in fp32 to train every weight; else as it computes, in 4 bits where asked for."""
+    """The model to tune: in fp32 to train every weight; else as it computes, in 4 bits where asked for.
+
+    What an earlier tuning left as an adapter becomes part of the weights, where these are trained.
+    """
     dtype = torch.float32 if config.method == "full" else place.dtype
-    model = from_pretrained(folder, dtype=dtype, load_in_4bit=config.method == "qlora")
+    if is_adapter(folder) and config.method != "full":
+        raise UserError(
+            f"{config.model} is an adapter, and an adapter on it could not be loaded without it. Train every weight "
+            f"(--method full), or make a model of it first: zero2hero merge {config.model} --output_dir runs/merged"
+        )
+    base = base_folder(folder) if is_adapter(folder) else folder
+    model: Any = from_pretrained(base, dtype=dtype, load_in_4bit=config.method == "qlora")
+    if is_adapter(folder):
+        model = merge(load_adapter(model, folder))
     if not isinstance(model, Decoder):
         raise UserError(
             f"{config.model} is a {type(model).__name__}, and what is tuned here are decoders. `zero2hero --help` "
