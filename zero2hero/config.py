@@ -76,6 +76,8 @@ class DecoderConfig:
     pad_token_id: int | None = field(default=None, metadata=NO_OPTION)
     rope_scaling: dict[str, Any] | None = field(default=None, metadata=NO_OPTION)  # see nn/rope_scaling.py
     layer_types: list[str] | None = field(default=None, metadata=NO_OPTION)  # of each layer, where they differ
+    task: str = field(default="causal_lm", metadata=NO_OPTION)  # or sequence_classification: a score for each label
+    id2label: dict[int, str] = field(default_factory=dict, metadata=NO_OPTION)  # of sequence_classification
     model_type: str | None = field(default=None, metadata=NO_OPTION)  # the family that it was read from
     extra: dict[str, Any] = field(default_factory=dict, metadata=NO_OPTION)  # fields that change no mathematics
 
@@ -88,6 +90,9 @@ class DecoderConfig:
             at_least(self, 1, "sliding_window")
         one_of(self, "position", ("rotary", "learned", "sinusoidal", "none"))
         one_of(self, "norm", ("rmsnorm", "layernorm", "rmsnorm_offset"))
+        one_of(self, "task", ("causal_lm", "sequence_classification"))
+        if (self.task == "sequence_classification") != (sorted(self.id2label) == list(range(len(self.id2label))) != []):
+            raise UserError(f"a decoder that classifies, and no other, has labels numbered from 0, not {self.id2label}")
         one_of(self, "feedforward", ("swiglu", "geglu", "relu2", "gelu", "gelu_new", "quick_gelu", "relu", "silu"))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
@@ -143,7 +148,7 @@ class DecoderConfig:
         mixed = layers - len(moe.dense_layers) if moe.num_experts else 0
         experts = per_unit * moe.num_experts_per_tok * moe.intermediate_size + self.hidden_size * moe.num_experts
         feedforward = (layers - mixed) * per_unit * self.intermediate_size + mixed * experts
-        return layers * attention + feedforward + self.vocab_size * self.hidden_size
+        return layers * attention + feedforward + (len(self.id2label) or self.vocab_size) * self.hidden_size
 
     def training_flops_per_token(self, length: int) -> float:
         """Forward and backward: 6 per matrix weight, and causal attention (Chowdhery et al. 2022, app. B).

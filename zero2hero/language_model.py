@@ -239,8 +239,8 @@ def language_model(parts: Parts) -> LanguageModel:
     Raises:
         UserError: it is of another kind.
     """
-    if not isinstance(parts.model, Decoder):
-        kind = type(parts.model).__name__
+    if not isinstance(parts.model, Decoder) or parts.model.classifies:
+        kind = "model that scores texts" if isinstance(parts.model, Decoder) else type(parts.model).__name__
         raise UserError(
             f"{parts.adapter or parts.directory} holds a {kind}, which does not continue texts; z2h.pipeline may have "
             "a use for it"

@@ -82,6 +82,9 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(self.make_block(c, i) for i in range(c.num_hidden_layers))
         self.norm = make_norm(c.norm, c.hidden_size, c.norm_eps)
+        if self.classifies:
+            self.score = nn.Linear(c.hidden_size, len(c.id2label), bias=False)
+            return
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -124,13 +127,24 @@ class Decoder(nn.Module):
             x = layer(x, masks[i], rotations[i], cache, i, slots)
         return self.norm(x)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the head gives a score for each label, in the place of one for each token of the vocabulary."""
+        return self.config.task == "sequence_classification"
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]."""
-        return self.lm_head(hidden)
+        """[..., D] -> [..., V]; or [..., C] for the labels, which are read from a text's last token."""
+        return self.score(hidden) if self.classifies else self.lm_head(hidden)
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix [V, D] that turns hidden states into logits, for losses that never build all logits."""
+        """The matrix [V, D] that turns hidden states into logits, for losses that never build all logits.
+
+        Raises:
+            UserError: the model classifies texts, so it knows no probabilities of tokens.
+        """
+        if self.classifies:
+            raise UserError("this model gives scores to texts (ForSequenceClassification): it does not write any")
         return self.lm_head.weight
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:

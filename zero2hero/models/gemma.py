@@ -97,7 +97,8 @@ class Gemma(Decoder):
         return (GemmaBlock if c.post_norms else Block)(c, GemmaAttention(c))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return softcap(self.lm_head(hidden), self.config.final_logit_softcapping)
+        logits = super().logits(hidden)
+        return logits if self.classifies else softcap(logits, self.config.final_logit_softcapping)
 
     @property
     def head_weight(self) -> Tensor:
@@ -108,7 +109,7 @@ class Gemma(Decoder):
         """
         if self.config.final_logit_softcapping is not None:
             raise UserError("losses do not know soft-capped logits yet: Gemma 2 can be run here, but not trained")
-        return self.lm_head.weight
+        return super().head_weight
 
     def _embed(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
         x = super()._embed(ids_BT, positions, end)

@@ -1,4 +1,4 @@
-"""What stands on top of an encoder: one small head for each task.
+"""What stands on top of an encoder: one small head for each task. And how one vector is read from many tokens.
 
 Each head turns hidden states [B, T, D] into the numbers that its task asks for. BERT (Devlin et al. 2018, arXiv
 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692) have the same heads under different names.
@@ -105,6 +105,16 @@ def make_head(c: EncoderConfig, embedding: nn.Embedding) -> nn.Module:
         "question_answering": SpanHead,
     }
     return kinds[c.task](c)
+
+
+def last_states(hidden_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The hidden state of each text's last token, wherever its padding is: [B, D].
+
+    A causal model's last token is the only one that has seen the whole text.
+    """
+    places = torch.arange(1, hidden_BTD.shape[1] + 1, device=hidden_BTD.device)
+    last_B = (places * (attention_mask_BT != 0)).argmax(-1)
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
 
 def mean_pool(hidden_BTD: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:

@@ -102,7 +102,15 @@ def pipeline(
 def _kind(model: Any) -> str:
     """What sort of model this is, by its class or by the task of its head."""
     for kind, name in _KINDS.items():
-        if isinstance(model, kind):
+        if isinstance(model, kind) and not _classifies(model):
             return name
-    headed = isinstance(model, Encoder) or getattr(model.config, "task", None) == "image_classification"
+    headed = (
+        isinstance(model, Encoder)
+        or _classifies(model)
+        or getattr(model.config, "task", None) == "image_classification"
+    )
     return model.config.task if headed else type(model).__name__
+
+
+def _classifies(model: Any) -> bool:
+    return isinstance(model, Decoder) and model.classifies

@@ -22,6 +22,7 @@ from torch import Tensor
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.language_model import LanguageModel, Parts
 from zero2hero.models.decoder import Decoder
+from zero2hero.models.heads import last_states
 
 
 class Pipeline:
@@ -169,4 +170,7 @@ class TextPipeline(Pipeline):
 
     def logits(self, batch: Encoded) -> Tensor:
         """What the model's head says, in fp32."""
-        return self.model.logits(self.hidden(batch)).float()
+        hidden = self.hidden(batch)
+        if isinstance(self.model, Decoder):
+            hidden = last_states(hidden, batch.attention_mask_BT)
+        return self.model.logits(hidden).float()

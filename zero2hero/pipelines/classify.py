@@ -14,7 +14,6 @@ from torch import Tensor
 
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.language_model import LanguageModel
-from zero2hero.models.decoder import Decoder
 from zero2hero.pipelines.base import TextPipeline
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,7 +100,7 @@ class ZeroShotClassification(TextPipeline):
     ) -> list[dict[str, Any]]:  # fmt: skip
         """`multi_label`: each label is judged alone (entailed or contradicted), so scores need not add up to 1."""
         labels, hypotheses = checked_labels(self.task, candidate_labels, hypothesis_template)
-        score = self._by_likelihood if isinstance(self.model, Decoder) else self._by_entailment
+        score = self._by_entailment if self.model.config.task == "sequence_classification" else self._by_likelihood
         results = []
         for text in inputs:
             scores = score(text, hypotheses, multi_label)

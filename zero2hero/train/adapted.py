@@ -20,7 +20,7 @@ from zero2hero.tune import LoraConfig, add_lora, merge
 if TYPE_CHECKING:
     from zero2hero.train.run import Task
 
-WHOLE = ("head", "classifier", "pooler", "projector")  # parts that learn as a whole
+WHOLE = ("head", "classifier", "score", "pooler", "projector")  # parts that learn as a whole
 
 
 def with_adapter(task: Task, lora: LoraConfig, seed: int) -> Task:

@@ -43,7 +43,7 @@ def make_optimizers(
             kinds[factor[1]].append(p)
         elif "embed" in name:
             kinds["embeddings"].append(p)
-        elif "head." in name or "classifier." in name:  # lm_head, or what stands on an encoder
+        elif any(part in name for part in ("head.", "classifier.", "score.")):  # lm_head, or what says labels
             kinds["heads"].append(p)
         else:
             kinds["matrices" if p.dim() == 2 else "vectors"].append(p)

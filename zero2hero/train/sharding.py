@@ -110,7 +110,7 @@ def whole_model(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
     for name, weight in weights.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(weight))
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not model.classifies:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 

@@ -98,7 +98,7 @@ def kind_of(name: str, parameter: Tensor) -> str:
     """embeddings, head, attention or feedforward for matrices; vectors for norms and biases."""
     if parameter.dim() < 2:
         return "vectors"
-    kinds = {"embed": "embeddings", "lm_head": "head", "attn": "attention", "mlp": "feedforward"}
+    kinds = {"embed": "embeddings", "lm_head": "head", "score": "head", "attn": "attention", "mlp": "feedforward"}
     return next((kind for part, kind in kinds.items() if part in name), "matrices")
 
 

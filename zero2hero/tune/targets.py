@@ -18,7 +18,13 @@ from zero2hero.models.families import Family, family_to_write
 from zero2hero.tune.config import LoraConfig
 from zero2hero.tune.lora import Adapted
 
-HEADS = ("lm_head", "head", "classifier", "pooler")  # what "all-linear" leaves out, by the first part of the name
+HEADS = (
+    "lm_head",
+    "head",
+    "classifier",
+    "score",
+    "pooler",
+)  # what "all-linear" leaves out, by the first part of the name
 
 
 def modules_by_name(model: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from zero2hero.config import DecoderConfig
 from zero2hero.errors import UserError
-from zero2hero.models.families.base import Family, Rule, unknown_family
+from zero2hero.models.families.base import Family, Rule, classifying, unknown_family
 from zero2hero.models.families.bert import BERT, ROBERTA
 from zero2hero.models.families.clip import CLIP, SIGLIP
 from zero2hero.models.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -19,7 +19,7 @@ from zero2hero.models.families.moe import MIXTRAL, QWEN3_MOE
 from zero2hero.models.families.t5 import T5
 from zero2hero.models.families.vit import VIT
 
-_DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, MIXTRAL, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3)
+_DECODERS = map(classifying, (LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE, GPT2, MIXTRAL, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3))
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (*_DECODERS, BERT, ROBERTA, T5, VIT, CLIP, SIGLIP, LLAVA, IDEFICS3, SMOLVLM, MLP_FAMILY)

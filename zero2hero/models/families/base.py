@@ -277,6 +277,28 @@ def spell_labels(config: Any) -> dict[str, Any]:
     }
 
 
+def classifying(family: Family) -> Family:
+    """A family of decoders with, beside its language model, the one that scores texts (ForSequenceClassification).
+
+    Its head, a matrix without a bias, reads each text's last token. Reward models have one label.
+    """
+    writes = next(iter(family.architectures))
+    name = re.sub("(ForCausalLM|LMHeadModel)$", "", writes)
+    scores = f"{name}{'Text' if name == 'Gemma3' else ''}ForSequenceClassification"
+
+    def derive(theirs: dict[str, Any]) -> dict[str, Any]:
+        labels = read_labels(theirs) if (theirs.get("architectures") or [writes])[0] == scores else {}
+        return family.derive(theirs) | labels
+
+    return replace(
+        family,
+        architectures={writes: {"task": "causal_lm"}, scores: {"task": "sequence_classification"}},
+        rules=(*family.rules, Rule("score.weight", "score.weight")),
+        derive=derive,
+        spell=lambda c: family.spell(c) | (spell_labels(c) if c.id2label else {}),
+    )
+
+
 def _agrees(config: Any, fields: Mapping[str, Any]) -> bool:
     return all(getattr(config, name) == value for name, value in fields.items())
 
