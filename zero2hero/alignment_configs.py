@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from zero2hero.config import TrainConfig, at_least, one_of
-from zero2hero.errors import UserError
-from zero2hero.tuning_configs import TuneConfig
+from zero2hero.errors import UserError, did_you_mean
+from zero2hero.tuning_configs import TuneConfig, tuning_defaults
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -133,3 +134,94 @@ class PpoConfig(OnlineConfig):
     @property
     def samples_per_rollout(self) -> int:
         return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps * self.num_mini_batches
+
+
+# --- preferences ----------------------------------------------------------------------------------------------
+
+LOSS_TYPES = ("sigmoid", "robust", "sigmoid_norm", "ipo", "hinge", "exo_pair", "discopop", "sppo_hard", "nca_pair",
+              "bco_pair", "apo_zero", "apo_down", "aot", "aot_unpaired", "sft", "cpo", "cpo_hinge", "cpo_ipo", "simpo",
+              "orpo", "kto", "apo_zero_unpaired")  # fmt: skip
+UNPAIRED = ("kto", "apo_zero_unpaired")
+NO_DIVERGENCE = ("sppo_hard", "nca_pair", "bco_pair", "apo_zero", "apo_down", "aot", "aot_unpaired", "orpo", *UNPAIRED)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """What the losses of align/preference.py can be told; names and defaults are TRL's."""
+
+    loss_type: str | list[str] = "sigmoid"
+    """sigmoid (DPO; with label_smoothing cDPO), robust, sigmoid_norm, ipo, hinge, exo_pair, discopop, sppo_hard,
+    nca_pair, bco_pair, apo_zero, apo_down, aot, aot_unpaired; without a reference cpo, cpo_hinge, cpo_ipo, simpo, orpo;
+    of single answers that were liked or not kto, apo_zero_unpaired; sft to be mixed in, as '[sigmoid, sft]'."""
+    loss_weights: list[float] = field(default_factory=list)  # of several losses; by default 1 each
+    beta: float = 0.1  # the higher, the closer to the reference (of most losses)
+    label_smoothing: float = 0.0  # the share of preferences that are taken to be wrong
+    f_divergence_type: str = "reverse_kl"
+    """What keeps the policy near the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence."""
+    f_alpha_divergence_coef: float = 0.5  # of alpha_divergence; 1 is reverse_kl; with cpo or simpo, 1 - AlphaPO's alpha
+    ld_alpha: float | None = None
+    """How much an answer's tokens beyond the length of its rival count (LD-DPO); by default as much as the others."""
+    simpo_gamma: float = 0.5  # of simpo, the margin that is wanted
+    cpo_alpha: float = 1.0  # of cpo, the weight of imitation
+    discopop_tau: float = 0.05  # temperature of discopop's mixing
+    desirable_weight: float = 1.0  # of kto, what liked answers count
+    undesirable_weight: float = 1.0  # and the others
+
+    @property
+    def loss_types(self) -> list[str]:
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    def __post_init__(self) -> None:
+        kinds = self.loss_types
+        for kind in kinds:
+            if kind not in LOSS_TYPES:
+                raise UserError(f"loss_type is one of {', '.join(LOSS_TYPES)}, not {kind!r}."
+                                f"{did_you_mean(kind, LOSS_TYPES)}")  # fmt: skip
+        if not kinds or (len(kinds) > 1 and set(kinds) & set(UNPAIRED)):
+            raise UserError(
+                f"loss_type {kinds}: name one loss or several of pairs; {' and '.join(UNPAIRED)} stand alone"
+            )
+        if self.loss_weights and len(self.loss_weights) != len(kinds):
+            raise UserError(f"loss_weights has {len(self.loss_weights)} numbers for {len(kinds)} losses")
+        one_of(self, "f_divergence_type", DIVERGENCES)
+        without = [kind for kind in kinds if kind in NO_DIVERGENCE]
+        if self.f_divergence_type != "reverse_kl" and without:
+            raise UserError(f"loss_type {without[0]} knows no f_divergence_type but reverse_kl")
+        if not self.beta > 0:
+            raise UserError(f"beta must be above 0, not {self.beta}")
+        limit = 0.5 if "robust" in kinds else 1.0
+        if not 0 <= self.label_smoothing < limit or ("exo_pair" in kinds and not self.label_smoothing):
+            least = "above 0" if "exo_pair" in kinds else "at least 0"
+            raise UserError(f"label_smoothing must be {least} and below {limit} for loss_type {', '.join(kinds)}, not "
+                            f"{self.label_smoothing}")  # fmt: skip
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise UserError(f"ld_alpha is a share in [0, 1], not {self.ld_alpha}")
+        if self.ld_alpha is not None and set(kinds) & set(UNPAIRED):
+            raise UserError("ld_alpha compares the lengths of two answers: loss_type has no pairs")
+
+
+def preference_defaults() -> TrainConfig:
+    """Smaller steps than fine-tuning's: what was learned must not be lost."""
+    return dataclasses.replace(tuning_defaults(), learning_rate=5e-5, num_train_epochs=1.0)
+
+
+@dataclass(frozen=True)
+class DpoConfig(TuneConfig, PreferenceSettings):
+    """`zero2hero dpo`: a model and preferences in, a model that people prefer out."""
+
+    data: str | list[str] = "preferences"
+    """Preferences (prompt, chosen, rejected), and for kto single answers too (prompt, completion, label), in any common
+    form; other columns may stand beside them. A file, a folder, a hub data set, or the built-in preferences."""
+    output_dir: str = "runs/dpo"
+    num_samples: int = 32
+    """Held-out prompts that are answered at each evaluation: for the KL to the reference, and to be read. 0: none, and
+    where every weight is trained no copy of the model is kept."""
+    max_completion_length: int = 128  # tokens of these answers
+    train: TrainConfig = field(default_factory=preference_defaults)
+
+    def __post_init__(self) -> None:
+        TuneConfig.__post_init__(self)
+        PreferenceSettings.__post_init__(self)
+        at_least(self, 0, "num_samples")
+        at_least(self, 1, "max_completion_length")

@@ -128,6 +128,18 @@ VERBS = {
             "zero2hero sft --model runs/quickstart --data dialogues:6000 --method full --train.learning_rate 1e-3",
         ),
     ),
+    "dpo": Verb(
+        "Tune a model by preferences, without a reward model: DPO and its kin, IPO, KTO, ORPO, SimPO, ...",
+        "zero2hero.alignment_configs:DpoConfig",
+        "zero2hero.align.dpo:dpo",
+        (
+            "zero2hero dpo --model runs/quickstart --data preferences:2000 --output_dir runs/livelier",
+            "zero2hero dpo --model runs/mine --data votes.jsonl --beta 0.3 --method full --train.learning_rate 5e-6",
+            "zero2hero dpo --model Qwen/Qwen3-0.6B --data votes.jsonl --loss_type '[sigmoid, sft]' "
+            "--loss_weights '[1, 0.2]'",
+            "zero2hero dpo --model runs/mine --data thumbs.jsonl --loss_type kto",
+        ),
+    ),
     "ppo": Verb(
         "Let a model earn rewards, with a critic that says what was to be expected, near to what it was (PPO).",
         "zero2hero.alignment_configs:PpoConfig",

@@ -23,7 +23,7 @@ from zero2hero.data.conversations import Record, Turns
 from zero2hero.data.messages import Messages
 from zero2hero.errors import UserError
 from zero2hero.tokenizer import Tokenizer
-from zero2hero.tokenizer.turns import assistant_turns
+from zero2hero.tokenizer.turns import assistant_turns, common_prefix
 
 
 @dataclass(frozen=True)
@@ -170,28 +170,49 @@ class Pair:
 def encode_pair(record: Record, tokenizer: Tokenizer, max_length: int | None = None) -> Pair:
     """The tokens of a preference record, as TRL cuts them (DPOTrainer.tokenize_row).
 
-    The prompt is what the template shows with a generation prompt, an answer what the whole conversation has more.
-    Texts get the end-of-text token behind the answer. `max_length` is that of prompt and answer together.
+    The prompt is what the template shows with a generation prompt, an answer what the whole conversation has more. A
+    token of the prompt that changes when an answer follows belongs to the answers. Texts get the end-of-text token
+    behind the answer. `max_length` is that of prompt and answer together.
 
     Raises:
-        UserError: another kind of record; tokens of the prompt that change when the answer follows; nothing of an
-            answer left within `max_length`.
+        UserError: another kind of record; no token of the prompt stays; nothing of an answer left within `max_length`.
     """
     if record.kind != "preference":
         raise UserError(f"{record.where}: this record ({record.shape}) has no chosen and rejected answer.")
     try:
-        prompt = _ids(record.prompt, [], record, tokenizer)
-        answers = []
-        for name, answer in (("chosen", record.chosen), ("rejected", record.rejected)):
-            whole = _ids(record.prompt, answer, record, tokenizer)
-            if whole[: len(prompt)] != prompt:
-                raise UserError(f"the tokens of the prompt change when the {name} answer follows it")
-            if len(prompt) >= len(whole[:max_length]):
-                raise UserError(f"nothing of the {name} answer is left within max_length {max_length}; raise it")
-            answers.append(np.array(whole[len(prompt) : max_length], dtype=np.int64))
+        prompt, chosen, rejected = _answered(record, {"chosen": record.chosen, "rejected": record.rejected},
+                                             tokenizer, max_length)  # fmt: skip
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from None
-    return Pair(np.array(prompt, dtype=np.int64), answers[0], answers[1], record.number)
+    return Pair(prompt, chosen, rejected, record.number)
+
+
+def encode_answer(record: Record, tokenizer: Tokenizer, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt, completion) of a record that has them, liked or not, in tokens; else as `encode_pair`."""
+    if record.kind not in ("completion", "unpaired"):
+        raise UserError(f"{record.where}: this record ({record.shape}) has no prompt and completion.")
+    try:
+        prompt, completion = _answered(record, {"completion": record.completion}, tokenizer, max_length)
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None
+    return prompt, completion
+
+
+def _answered(
+    record: Record, answers: dict[str, Turns], tokenizer: Tokenizer, max_length: int | None
+) -> list[np.ndarray]:
+    """The prompt's tokens, and those of each answer."""
+    prompt = _ids(record.prompt, [], record, tokenizer)
+    wholes = {name: _ids(record.prompt, answer, record, tokenizer) for name, answer in answers.items()}
+    for whole in wholes.values():
+        prompt = prompt[: common_prefix(prompt, whole)]
+    if not prompt:
+        raise UserError("no token of the prompt stays as it is when an answer follows: a prompt has some text")
+    for name, whole in wholes.items():
+        if len(prompt) >= len(whole[:max_length]):
+            raise UserError(f"nothing of the {name} answer is left within max_length {max_length}; raise it")
+    cut = [whole[len(prompt) : max_length] for whole in wholes.values()]
+    return [np.array(ids, dtype=np.int64) for ids in (prompt, *cut)]
 
 
 def _ids(prompt: Turns, answer: Turns, record: Record, tokenizer: Tokenizer) -> list[int]:

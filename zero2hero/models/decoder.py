@@ -103,6 +103,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        branch_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the last norm.
 
@@ -111,6 +112,8 @@ class Decoder(nn.Module):
             positions: [B, T] position of each token; by default 0, 1, 2, ... (after what the cache holds).
             document_ids: [B, T] for packed rows: tokens of different documents do not see each other.
             cache: keys and values of earlier tokens; this call's are added to it.
+            branch_ids: [B, T] for documents that go on in several ways (needs positions and document_ids): 0 for their
+                beginning, 1, 2, ... for the branches, which see the beginning and not each other.
 
         Raises:
             UserError: a position beyond `max_position_embeddings` of a learned or sinusoidal table.
@@ -120,7 +123,7 @@ class Decoder(nn.Module):
         plain = positions is None
         if positions is None:
             positions = torch.arange(past, past + T, device=ids_BT.device)[None]
-        masks, slots = self._masks_and_slots(positions, plain, document_ids, cache, T, past)
+        masks, slots = self._masks_and_slots(positions, plain, document_ids, cache, T, past, branch_ids)
         x = self.dropout(self._embed(ids_BT, positions, past + T))
         rotations = self._rotations(positions, x.dtype, past, past + T)
         for i, layer in enumerate(self.layers):
@@ -176,7 +179,9 @@ class Decoder(nn.Module):
         rotation = self.rotary(positions, dtype, past, end) if self.config.position == "rotary" else None
         return [rotation] * len(self.layers)
 
-    def _masks_and_slots(self, positions: Tensor, plain: bool, document_ids, cache: KVCache | None, T: int, past: int):
+    def _masks_and_slots(
+        self, positions: Tensor, plain: bool, document_ids, cache: KVCache | None, T: int, past: int, branch_ids=None
+    ):
         """The mask of each layer (one for each width of window), and where in the cache this call's tokens go."""
         slots, end = None, T
         if cache is not None:
@@ -196,6 +201,9 @@ class Decoder(nn.Module):
                 return Mask(None)
             if cache is not None:
                 return make_mask(positions, torch.arange(cache.end, device=positions.device)[None], window=window)
+            if branch_ids is not None:
+                documents = {"query_documents_BT": document_ids, "key_documents_BS": document_ids}
+                return make_mask(positions, positions, window=window, branches_BT=branch_ids, **documents)
             # inside a packed row the order of the tokens is also the order of each document's positions
             order = torch.arange(T, device=positions.device)[None]
             return make_mask(

@@ -1,7 +1,8 @@
 """Who may look at whom.
 
 One rule serves training, packing and cached decoding: a query sees a key when the key is not later
-(causal), not farther back than the window (sliding), and in the same document (packed training).
+(causal), not farther back than the window (sliding), and in the same document (packed training), of which it may be
+one of several branches (answers to one prompt).
 Padding needs no rule of its own: it lies at later positions, or in a document of its own.
 """
 
@@ -55,8 +56,13 @@ def make_mask(
     window: int | None = None,
     query_documents_BT: Tensor | None = None,
     key_documents_BS: Tensor | None = None,
+    branches_BT: Tensor | None = None,
 ) -> Mask:
-    """The mask for positions (and documents, when rows are packed). Shapes may have B = 1."""
+    """The mask for positions (and documents, when rows are packed). Shapes may have B = 1.
+
+    branches_BT: of rows that attend to themselves, which answer to its document's beginning a token is part of; 0 for
+        the beginning, which all see. A branch sees no other.
+    """
     distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
@@ -65,6 +71,9 @@ def make_mask(
             allowed &= distance > -window
     if query_documents_BT is not None and key_documents_BS is not None:
         allowed = allowed & (query_documents_BT[:, :, None] == key_documents_BS[:, None, :])
+    if branches_BT is not None:
+        shared, same = branches_BT[:, None, :] == 0, branches_BT[:, :, None] == branches_BT[:, None, :]
+        allowed = allowed & (shared | same)
     return Mask(allowed)
 
 

@@ -104,7 +104,7 @@ def _begin(config: SftConfig, place: Place) -> Task:
     )  # fmt: skip
 
 
-def planned_memory(config: SftConfig, shape: DecoderConfig, max_length: int, place: Place) -> PlannedRun | None:
+def planned_memory(config: TuneConfig, shape: DecoderConfig, max_length: int, place: Place) -> PlannedRun | None:
     """The run as its memory is predicted; None where it is not one of those that `plan finetune` knows."""
     lora, train = config.lora, dataclasses.replace(config.train, max_length=max_length, length_schedule=[])
     usual = lora.target_modules == "all-linear" and not (lora.rank_pattern or lora.exclude_modules or lora.use_dora)

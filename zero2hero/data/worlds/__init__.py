@@ -6,7 +6,7 @@
 A world is a pure function from (seed, split, index) to a document, so it needs no download, no storage and no
 order: any process can make any document. `stories` and `sums` know the answers to questions about their text;
 `dialogues` (conversations that ask them), `sentiment`, `names`, `questions`, `translation` and `reversal` give records
-with their answers and labels (`record`);
+with their answers and labels (`record`), `preferences` two ways to go on and which one raters like;
 `markov`, `induction` and `palindromes` know the best loss that any model can reach on them.
 """
 
@@ -34,6 +34,7 @@ WORLDS = {
     "shapes": ("zero2hero.data.worlds.scenes", "Shapes"),
     "digits": ("zero2hero.data.worlds.digits", "Digits"),
     "dialogues": ("zero2hero.data.worlds.dialogues", "Dialogues"),
+    "preferences": ("zero2hero.data.worlds.preferences", "Preferences"),
     "markov": ("zero2hero.data.worlds.symbolic", "MarkovChain"),
     "induction": ("zero2hero.data.worlds.symbolic", "Induction"),
     "palindromes": ("zero2hero.data.worlds.symbolic", "Palindromes"),

@@ -9,6 +9,7 @@ well), but every sentence comes from a world state that says who is where, who h
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from zero2hero.data.worlds.base import BaseWorld, document_rng
@@ -17,7 +18,7 @@ from zero2hero.data.worlds.stories.questions import Question, questions_of
 from zero2hero.data.worlds.stories.skeleton import PLOTS, Skeleton
 from zero2hero.data.worlds.stories.telling import Fact, Teller
 
-__all__ = ["Fact", "Question", "Skeleton", "Stories", "Story", "story"]
+__all__ = ["Fact", "Question", "Skeleton", "Stories", "Story", "story", "story_of"]
 
 # Importing these registers their plots.
 _PLOT_MODULES = (plots_lost, plots_friends, plots_brave, plots_doing, plots_town)
@@ -49,7 +50,11 @@ def story(index: int, split: str = "train", seed: int = 0) -> Story:
 
     Raises UserError for a split that is not "train" or "validation", or a negative index.
     """
-    rng = document_rng("stories", seed, split, index)
+    return story_of(document_rng("stories", seed, split, index), split)
+
+
+def story_of(rng: random.Random, split: str) -> Story:
+    """The story that these chances make, of the split's plots. Nothing but `rng.random()` is asked."""
     plot = PLOTS[_FAMILIES[int(rng.random() * len(_FAMILIES))]]
     choices = plot.skeletons[split]
     skeleton = choices[int(rng.random() * len(choices))]
