@@ -12,6 +12,33 @@ from zero2hero.tuning_configs import TuneConfig, tuning_defaults
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
+def reward_defaults() -> TrainConfig:
+    """Settings of the loop for a new head on a model that knows something already."""
+    return dataclasses.replace(tuning_defaults(), learning_rate=1e-4, num_train_epochs=1.0, head_lr_scale=1.0)
+
+
+@dataclass(frozen=True)
+class RewardConfig(TuneConfig):
+    """`zero2hero reward`: a model and preferences in, a model out that scores answers. Names are TRL's."""
+
+    data: str | list[str] = "preferences"
+    """Preferences (prompt, chosen, rejected; also margin) in any common form; other columns may stand beside them. A
+    file, a folder, a hub data set, or the built-in preferences."""
+    output_dir: str = "runs/reward"
+    center_rewards_coefficient: float | None = None
+    """What the square of a pair's summed rewards costs, so that rewards lie around 0; 0.01 is a good try."""
+    train: TrainConfig = field(default_factory=reward_defaults)
+
+    task = "text-classification"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center_rewards_coefficient is not None:
+            at_least(self, 0, "center_rewards_coefficient")
+        if self.method == "qlora":
+            raise UserError("a reward model is saved as a whole, which one in 4 bits cannot be: use --method lora")
+
+
 @dataclass(frozen=True)
 class PolicyLossConfig:
     """The loss of a policy that learns from its own samples (align/policy_loss.py); names and defaults are TRL's."""

@@ -128,6 +128,17 @@ VERBS = {
             "zero2hero sft --model runs/quickstart --data dialogues:6000 --method full --train.learning_rate 1e-3",
         ),
     ),
+    "reward": Verb(
+        "Learn from people's preferences how good an answer is: a reward model, which gives each answer a number.",
+        "zero2hero.alignment_configs:RewardConfig",
+        "zero2hero.align.reward:reward",
+        (
+            "zero2hero reward --model runs/quickstart --data votes.jsonl --output_dir runs/reward",
+            "zero2hero reward --model runs/quickstart --method full --train.learning_rate 1e-5 "
+            "--center_rewards_coefficient 0.01",
+            'zero2hero run-pipeline text-classification "An answer to be scored." --model runs/reward',
+        ),
+    ),
     "dpo": Verb(
         "Tune a model by preferences, without a reward model: DPO and its kin, IPO, KTO, ORPO, SimPO, ...",
         "zero2hero.alignment_configs:DpoConfig",

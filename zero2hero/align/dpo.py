@@ -14,7 +14,6 @@ micro-batch, and kto estimates its KL from it.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from zero2hero.align.rollout import Rollout, Sampler, rollout_logprobs
 from zero2hero.alignment_configs import UNPAIRED, DpoConfig
 from zero2hero.data.labelled import RowsByLength
 from zero2hero.data.worlds import preferences
+from zero2hero.evaluate.intervals import wilson
 from zero2hero.fetch import find_folder
 from zero2hero.language_model import LanguageModel, load
 from zero2hero.progress import human_count, track
@@ -247,12 +247,6 @@ def evaluation(
         return found | (samples.measured(model) if samples else {})
 
     return evaluate
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `count` independent cases (Wilson 1927)."""
-    centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
 
 
 class Samples:

@@ -105,7 +105,12 @@ def scores(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Any], complet
     return scores_of_ids(model, texts)
 
 
-def whole_text(prompt: Turns | Sequence[int], completion: Turns | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def whole_text(
+    prompt: Turns | Sequence[int],
+    completion: Turns | Sequence[int],
+    tokenizer: Tokenizer,
+    tools: list[Any] | None = None,
+) -> list[int]:
     """A prompt and its completion as the tokens that the model reads: in its chat template, where there are messages.
 
     A text ends with the end-of-text token, as in training (data/examples.py).
@@ -113,7 +118,8 @@ def whole_text(prompt: Turns | Sequence[int], completion: Turns | Sequence[int],
     if any(is_conversation(part) for part in (prompt, completion)):
         turns = [[{"role": role, "content": part}] if isinstance(part, str) else list(part)
                  for role, part in (("user", prompt), ("assistant", completion))]  # fmt: skip
-        return tokenizer.apply_chat_template([*turns[0], *turns[1]])
+        more: dict[str, Any] = {} if tools is None else {"tools": tools}
+        return tokenizer.apply_chat_template([*turns[0], *turns[1]], **more)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         first, second = (p if not isinstance(p, str) else tokenizer.encode(p) for p in (prompt, completion))
         return [int(i) for i in (*first, *second)]
@@ -123,7 +129,7 @@ def whole_text(prompt: Turns | Sequence[int], completion: Turns | Sequence[int],
     return [*ids, end] if end is not None and ids[-1:] != [end] else ids
 
 
-def scores_of_ids(model: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
+def scores_of_ids(model: Decoder, texts: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
     """The same of whole texts in tokens; see `scores`."""
     longest = model.config.max_position_embeddings
     if too_long := sum(len(text) > longest for text in texts):

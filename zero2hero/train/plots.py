@@ -148,6 +148,25 @@ def attempts_figure(found: Mapping[str, Any], rows: Rows, config: Mapping[str, A
     return small_figure("Problems that k samples solve", curves, colours, theme, shares=True, over="k")
 
 
+def reliability_figure(found: Mapping[str, Any], rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """How often a reward model is right where it is how sure (align/reward.py); dashed: as it should be."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 2.7), layout="constrained")
+    axes = figure.subplots()
+    sure, right, count = np.array(found["calibration"], dtype=float).T
+    axes.plot([0.5, 1], [0.5, 1], color=theme.quiet, linewidth=1, linestyle=(0, (5, 4)))
+    axes.plot(sure, right, color=theme.train, linewidth=1, alpha=0.5)
+    axes.scatter(sure, right, s=12 + 150 * count / count.sum(), color=theme.train, clip_on=False, zorder=3)
+    axes.set(xlim=(0.5, 1), ylim=(0, 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0%}")
+    axes.set_xlabel("how sure it is")
+    _title(axes, "Held-out pairs that it orders rightly", theme)
+    _dress(axes, theme)
+    return figure
+
+
 def small_figure(
     title: str,
     curves: Mapping[str, tuple[Floats, Floats]],

@@ -283,6 +283,33 @@ def attempts(run: Run) -> Section | None:
     return Section("Many attempts, before and after", words)
 
 
+def preferences(run: Run) -> Section | None:
+    """Of a reward model: how well it tells which answer people preferred, and whether length is all it sees.
+
+    reward.json holds what `measured` of align/reward.py found of the held-out pairs.
+    """
+    found = _read_mapping(run.path / "reward.json", json.loads)
+    if not found:
+        return None
+    shown = {
+        "held-out pairs": f"{found['pairs']}",
+        "right, with 95 % interval": f"{found['accuracy']:.1%} ({found['accuracy_low']:.1%} to "
+        f"{found['accuracy_high']:.1%})",
+        "right where the shorter was preferred": f"{found['accuracy_shorter']:.1%} of {found['pairs_shorter']}"
+        if "accuracy_shorter" in found
+        else "there is no such pair",
+        "correlation of score and length": f"{found['length_correlation']:+.2f}",
+        "calibration error": f"{found['calibration_error']:.1%}",
+        "rewards, from ... to": f"{found['min_reward']:.3g} to {found['max_reward']:.3g}, {found['mean_reward']:.3g} "
+        "on average",
+    }
+    words = f'<div class="tables">{_table("", shown)}</div>'
+    with contextlib.suppress(ImportError):
+        figure = functools.partial(plots.reliability_figure, found)
+        words += f'<div class="small">{pictures(run, {"reliability": figure})}</div>'
+    return Section("What its scores are worth", words)
+
+
 def settings(run: Run) -> Section | None:
     """run.yaml as tables, one for each of its sections."""
     if not run.settings:
@@ -307,6 +334,7 @@ def machine(run: Run) -> Section | None:
 SECTIONS: list[Callable[[Run], Section | None]] = [
     curves,
     attempts,
+    preferences,
     health,
     seen,
     confusion,
