@@ -163,6 +163,75 @@ class PpoConfig(OnlineConfig):
         return self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps * self.num_mini_batches
 
 
+def grpo_defaults() -> TrainConfig:
+    """Those of all online runs, with all samples of a step in one batch."""
+    return dataclasses.replace(online_defaults(), per_device_train_batch_size=64)
+
+
+@dataclass(frozen=True)
+class GrpoConfig(OnlineConfig, PolicyLossConfig):
+    """`zero2hero grpo`: prompts and rewards in, a policy that earns more of them out. Names and defaults are TRL's."""
+
+    data: str | list[str] = "sums"
+    """Prompts to answer: records with a column `prompt`, or questions, whose answers become the column `answer`. All
+    other columns are handed to the reward functions. By default the built-in sums."""
+    output_dir: str = "runs/grpo"
+    reward_funcs: list[str] = field(default_factory=lambda: ["number"])
+    """What says how good an answer is, as in '[number, rewards.py:politeness, runs/reward]': verifiers, functions of a
+    file or a module, reward models. See align/rewards.py."""
+    num_generations: int = 8  # answers to each prompt, which are compared with each other
+    advantage_estimator: str = "grpo"
+    """How much better than expected an answer was: grpo (than the mean of its group), rloo (than the mean of the
+    others), reinforce_plus_plus (each token's return, whitened over the batch), reinforce_plus_plus_baseline (the same
+    after the group's mean was taken off). The last three take KL (beta) off the reward, grpo adds it to the loss."""
+    scale_rewards: str = "group"
+    """Of grpo, what the difference is divided by: the standard deviation of the group, or of the batch; none."""
+    steps_per_generation: int = 0
+    """Micro-batches that a rollout is divided into; 0: as many as make one step (train.gradient_accumulation_steps)."""
+    num_iterations: int = 1  # how often each rollout is learned from
+    importance_sampling_clip_max: float = 3.0
+    """Where sampler and training disagree (bf16; top_k, top_p, min_p) each token's loss is multiplied by the ratio of
+    their probabilities, at most by this (truncated importance sampling)."""
+    environment: str = ""
+    """What answers the model during its answer: calculator, or path.py:Class (see align/environment.py)."""
+    train: TrainConfig = field(default_factory=grpo_defaults)
+
+    def __post_init__(self) -> None:
+        OnlineConfig.__post_init__(self)
+        PolicyLossConfig.__post_init__(self)
+        at_least(self, 1, "num_generations", "num_iterations")
+        at_least(self, 0, "steps_per_generation")
+        at_least(self, 1.0, "importance_sampling_clip_max")
+        one_of(self, "advantage_estimator", ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"))
+        one_of(self, "scale_rewards", ("group", "batch", "none"))
+        if self.num_generations < 2 and self.advantage_estimator != "reinforce_plus_plus":
+            raise UserError(f"{self.advantage_estimator} compares answers to one prompt: num_generations is at least 2")
+        if self.micro_batches % self.train.gradient_accumulation_steps:
+            raise UserError(
+                f"steps_per_generation {self.steps_per_generation} is not a multiple of "
+                f"train.gradient_accumulation_steps {self.train.gradient_accumulation_steps}"
+            )
+        if self.samples_per_rollout % self.num_generations:
+            raise UserError(
+                f"a rollout of {self.samples_per_rollout} answers (train.per_device_train_batch_size times "
+                f"steps_per_generation) does not divide into groups of num_generations {self.num_generations}"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a rollout."""
+        return self.steps_per_generation or self.train.gradient_accumulation_steps
+
+    @property
+    def samples_per_rollout(self) -> int:
+        return self.train.per_device_train_batch_size * self.micro_batches
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps."""
+        return self.micro_batches // self.train.gradient_accumulation_steps * self.num_iterations
+
+
 # --- preferences ----------------------------------------------------------------------------------------------
 
 LOSS_TYPES = ("sigmoid", "robust", "sigmoid_norm", "ipo", "hinge", "exo_pair", "discopop", "sppo_hard", "nca_pair",

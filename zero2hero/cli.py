@@ -163,6 +163,20 @@ VERBS = {
             "--reward_weights '[1, 0]' --kl_coef 0.01",
         ),
     ),
+    "grpo": Verb(
+        "Let a model practise: it answers, rewards say how well, and better answers become likelier (GRPO, RLOO, ...).",
+        "zero2hero.alignment_configs:GrpoConfig",
+        "zero2hero.align.grpo:grpo",
+        (
+            "zero2hero grpo --model runs/quickstart_chat --data sums:2000 --max_completion_length 64",
+            "zero2hero grpo --model runs/mine --data prompts.jsonl --reward_funcs '[number, rewards.py:short]' "
+            "--reward_weights '[1, 0.1]' --beta 0.04",
+            "zero2hero grpo --model runs/mine --data prompts.jsonl --reward_funcs '[runs/reward]' "
+            "--importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4",
+            "zero2hero grpo --model runs/mine --data sums --environment calculator --method full "
+            "--train.learning_rate 1e-5",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",

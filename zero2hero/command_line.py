@@ -169,7 +169,9 @@ def describe(kind: Any, prefix: str = "", within: Any = None) -> list[Option]:
 
 def _notes(kind: Any) -> dict[str, str]:
     """The comment at the end of each field's line, or the docstring below it."""
-    source = "".join(inspect.getsource(each) for each in inspect.getmro(kind) if dataclasses.is_dataclass(each))
+    source = "".join(
+        inspect.getsource(each) for each in reversed(inspect.getmro(kind)) if dataclasses.is_dataclass(each)
+    )
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for name, text in re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, re.M | re.S):
         notes[name] = " ".join(text.split())

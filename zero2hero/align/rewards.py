@@ -149,16 +149,8 @@ def _find(spec: str, allow_code_execution: bool) -> tuple[str, RewardFunction]:
     name, _, argument = spec.partition("=")
     if name in VERIFIERS:
         return name, verifier(name, argument, allow_code_execution=allow_code_execution)
-    place, colon, name = spec.rpartition(":")
-    if colon and place.endswith(".py"):
-        return name, _member(_run_file(Path(place).expanduser()), name, place)
-    if colon and name.isidentifier():
-        try:
-            return name, _member(importlib.import_module(place), name, place)
-        except ImportError as error:
-            raise UserError(
-                f"reward {spec}: cannot import {place} ({error}). Of a file, write path.py:function"
-            ) from error
+    if (found := named_member(spec, "reward")) is not None:
+        return spec.rpartition(":")[2], found
     if Path(spec).is_dir() or "/" in spec:
         folder = find_folder(spec)
         return Path(folder).name, named("zero2hero.align.reward_model:reward_function")(folder)
@@ -166,6 +158,19 @@ def _find(spec: str, allow_code_execution: bool) -> tuple[str, RewardFunction]:
         f"there is no reward '{spec}'.{did_you_mean(spec, VERIFIERS)} Name a verifier ({', '.join(VERIFIERS)}), a "
         "function (module:function or path.py:function), or a reward model's directory"
     )
+
+
+def named_member(spec: str, kind: str) -> Any:
+    """What `path.py:name` or `module:name` names; None where `spec` has no such form. `kind`: for the error."""
+    place, colon, name = spec.rpartition(":")
+    if colon and place.endswith(".py"):
+        return _member(_run_file(Path(place).expanduser()), name, place)
+    if not colon or not name.isidentifier():
+        return None
+    try:
+        return _member(importlib.import_module(place), name, place)
+    except ImportError as error:
+        raise UserError(f"{kind} {spec}: cannot import {place} ({error}). Of a file, write path.py:{name}") from error
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -188,12 +193,11 @@ def _run_file(path: Path) -> ModuleType:
     return module
 
 
-def _member(module: ModuleType, name: str, place: str) -> RewardFunction:
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_")]
+def _member(module: ModuleType, name: str, place: str) -> Any:
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise UserError(f"{place} has no function '{name}'.{did_you_mean(name, known)} It has {', '.join(known)}")
-    found: RewardFunction = function
     return found
 
 

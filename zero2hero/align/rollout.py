@@ -107,12 +107,16 @@ class PolicyBatch(Batch):
         token_K: which token of its completion it is.
         columns: more numbers for each, [K], by name (see `training_batch`).
         num_samples: how many samples are in the batch.
+        fresh: the policy is still the one that sampled.
+        tokens_per_sample: that the policy chose and that count, on average in the whole rollout.
     """
 
     sample_K: Any = None
     token_K: Any = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     num_samples: int = 0
+    fresh: bool = False
+    tokens_per_sample: float | None = None
 
     def to(self, device: Any) -> PolicyBatch:
         moved = super().to(device)
@@ -381,8 +385,11 @@ class RolloutData:
         iteration, part = divmod(within, self.parts)
         order = np.random.default_rng([self.seed % 2**64, number, iteration]).permutation(len(self.rollout))
         of_step = sorted(np.array_split(order, self.parts)[part].tolist())
-        micro_batches = [of_step[i : i + self.size] for i in range(0, len(of_step), self.size)]
-        return [training_batch(self.rollout, part, **self.columns).to(self.device) for part in micro_batches]
+        chosen_NC = self.rollout.mask_NC * self.columns.get("kept", torch.ones(len(self.rollout)))[:, None]
+        about = {"fresh": within == 0, "tokens_per_sample": float(chosen_NC.sum()) / len(self.rollout)}
+        parts = [of_step[i : i + self.size] for i in range(0, len(of_step), self.size)]
+        batches = [training_batch(self.rollout, part, **self.columns).to(self.device) for part in parts]
+        return [dataclasses.replace(batch, **about) for batch in batches]  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values and tensors."""

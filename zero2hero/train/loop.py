@@ -192,7 +192,7 @@ class Trainer:
         """One optimizer step; without an update where the loss is not finite (train/bad_steps.py) or fp16 overflows."""
         self.model.train()
         window, started = copy.deepcopy(self._window), time.perf_counter()
-        batches = self.data(self.state.step + self.state.data_offset)
+        batches = self._next_batches()
         self._window.waiting += time.perf_counter() - started
         torch.manual_seed(self._seed())
         total, weight = self._backward(batches)
@@ -218,6 +218,18 @@ class Trainer:
         self._window.weight += weight
         for watcher in self.watchers:
             watcher.after_update(self)
+
+    def _next_batches(self) -> list[Any]:
+        """This step's. Where they cannot be had, what was learned so far is saved."""
+        try:
+            return self.data(self.state.step + self.state.data_offset)
+        except UserError as error:
+            step = self.state.step
+            if not self.output_dir or not step:
+                raise
+            if not folder_of(self.output_dir, step).exists():
+                self.save()
+            raise UserError(f"{error}\nThe run is saved as it was after step {step}: --resume continues it.") from error
 
     def _backward(self, batches: list[Any]) -> tuple[float, float]:
         """Add up the gradients of every micro-batch's sum; returns the summed loss and the weight of all ranks."""

@@ -136,6 +136,28 @@ def scores_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure
     return small_figure("Held-out answers that are right", shown, (theme.evaluation, theme.train), theme, shares=True)
 
 
+def reward_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """What a policy earns with its samples, and with its answers to held-out prompts."""
+    curves = {"sampled": series(rows, "reward"), "held out": series(rows, "eval_reward")}
+    steps, reward = curves["sampled"]
+    curves["sampled"] = (steps, smoothed(reward))
+    return small_figure("Reward", curves, (theme.train, theme.evaluation), theme, linear=True)
+
+
+def entropy_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """How undecided a policy is at each token, and how far it has gone from its reference."""
+    curves = {"entropy": series(rows, "entropy"), "KL": series(rows, "kl")}
+    if not len(curves["entropy"][0]):
+        return None
+    return small_figure("Entropy and KL, nats per token", curves, (theme.train, theme.ngram), theme, linear=True)
+
+
+def length_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """Tokens of the completions that a policy samples."""
+    curves = {name: series(rows, f"completions/{name}_length") for name in ("mean", "max")}
+    return small_figure("Length of completions, tokens", curves, (theme.train, theme.quiet), theme, linear=True)
+
+
 def attempts_figure(found: Mapping[str, Any], rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
     """pass@k and maj@k over k, before and after, of what evaluate/pass_at_k.py found."""
 
@@ -175,15 +197,19 @@ def small_figure(
     line: float | None = None,
     shares: bool = False,
     over: str = "steps",
+    linear: bool = False,
 ) -> Figure | None:
-    """Curves over steps, for a third of the page: logarithmic (or shares), labelled at their ends; `line` is dashed."""
+    """Curves over steps, for a third of the page, labelled at their ends; `line` is dashed.
+
+    The axis is logarithmic, but for `shares` and where it is to be `linear`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 2.7), layout="constrained")
     axes = figure.subplots()
     labels: list[tuple[float, str, str]] = []
     for (name, (steps, values)), colour in zip(curves.items(), colours):
-        steps, values = (steps, values) if shares else (steps[values > 0], values[values > 0])
+        steps, values = (steps, values) if shares or linear else (steps[values > 0], values[values > 0])
         if len(values):
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="." if len(values) < 3 else None)
             labels.append((float(values[-1]), name, colour))
@@ -194,7 +220,7 @@ def small_figure(
     if shares:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter("{x:.0%}")
-    else:
+    elif not linear:
         axes.set_yscale("log")
         _log_ticks(axes)
     axes.set_xlim(left=0)
@@ -209,7 +235,12 @@ def small_figure(
 
 # file name in plots/ (without .png) -> function of (metrics, config.json, theme)
 FIGURES: dict[str, Draw] = {"loss": loss_figure}
-SCORES: dict[str, Draw] = {"scores": scores_figure}
+SCORES: dict[str, Draw] = {
+    "reward": reward_figure,
+    "entropy_and_kl": entropy_figure,
+    "completion_length": length_figure,
+    "scores": scores_figure,
+}
 HEALTH: dict[str, Draw] = {
     "gradient_norm": gradient_figure,
     "update_ratio": update_figure,

@@ -310,6 +310,27 @@ def preferences(run: Run) -> Section | None:
     return Section("What its scores are worth", words)
 
 
+def completions(run: Run) -> Section | None:
+    """Some answers of a policy that learns from its own, with what they earned: those shown first and last."""
+    recorded = [(row["step"], row["completions"]) for row in run.rows if row.get("completions")]
+    if not recorded:
+        return None
+
+    def table(step: int, shown: list[dict[str, Any]]) -> str:
+        names = list(shown[0]["rewards"]) if len(shown[0]["rewards"]) > 1 else []
+        heads = "".join(f"<th>{escape(head)}</th>" for head in ("prompt", "completion", "reward", *names, "advantage"))
+        rows = "".join(f"<tr>{''.join(cells(s, names))}</tr>" for s in shown)
+        return f"<table><caption>step {step}</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def cells(s: dict[str, Any], names: list[str]) -> list[str]:
+        texts = [f'<td dir="auto">{escape(shorten(s[name]))}</td>' for name in ("prompt", "completion")]
+        numbers = [s["reward"], *(s["rewards"][name] for name in names), s["advantage"]]
+        return texts + [f"<td>{'' if number is None else format(number, 'g')}</td>" for number in numbers]
+
+    shown = [recorded[0], recorded[-1]] if len(recorded) > 1 else recorded
+    return Section("Completions and their rewards", "".join(table(*each) for each in shown))
+
+
 def settings(run: Run) -> Section | None:
     """run.yaml as tables, one for each of its sections."""
     if not run.settings:
@@ -338,6 +359,7 @@ SECTIONS: list[Callable[[Run], Section | None]] = [
     health,
     seen,
     confusion,
+    completions,
     samples,
     settings,
     machine,
