@@ -40,6 +40,67 @@ class RewardConfig(TuneConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(TuneConfig):
+    """`zero2hero distill`: a small model, a large one and data in; a small model out that predicts as the large one."""
+
+    data: str | list[str] = "dialogues"  # as sft's: what is compared are the predictions of its answers
+    teacher: str = ""  # the model to learn from, with the same tokenizer
+    output_dir: str = "runs/distilled"
+    beta: float = 0.5
+    """How far is measured: 0 forward KL (cover all that the teacher says), 1 reverse KL (say nothing that it would
+    not), between them the generalized Jensen-Shannon divergence."""
+    temperature: float = 1.0  # divides both models' logits; above 1 unlikely tokens count more
+    lmbda: float = 0.0  # the share of batches in which the student learns from answers of its own
+    max_completion_length: int = 128  # tokens of these, at most
+    train: TrainConfig = field(default_factory=tuning_defaults)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher:
+            raise UserError(
+                "say which model to learn from: --teacher runs/large, a Hugging Face directory, or a hub id"
+            )
+        at_least(self, 1, "max_completion_length")
+        at_least(self, 1e-3, "temperature")
+        for name in ("beta", "lmbda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} lies in [0, 1], not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class BestOfNConfig:
+    """`zero2hero best-of-n`: prompts and rewards in, the best of n answers out, as data for `zero2hero sft`."""
+
+    model: str = ""  # the model that answers: a run, a Hugging Face directory, or a hub id
+    data: str | list[str] = ""  # what to answer: records with a column `prompt`, or conversations
+    output: str = "best_of_n.jsonl"  # where the answers go that are kept; beside it a report
+    overwrite: bool = False  # an earlier output is replaced
+    reward_funcs: list[str] = field(default_factory=list)  # what says how good an answer is, as for grpo
+    reward_weights: list[float] = field(default_factory=list)  # what each of them counts; by default 1
+    allow_code_execution: bool = False  # verifiers may run Python that the model wrote, in a sandbox
+    n: int = 8  # answers to each prompt
+    threshold: float | None = None  # keep every different answer with at least this score, in the place of the best
+    max_prompts: int = 0  # answer the first so many; 0: all
+    max_completion_length: int = 256  # tokens of an answer, at most
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    on_bad_record: str = "raise"  # a record that cannot be used is an error (raise), or is left out (skip)
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None  # fp32 or bf16; as stored by default
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n", "max_completion_length")
+        at_least(self, 0, "max_prompts")
+        one_of(self, "on_bad_record", ("raise", "skip"))
+        for name, example in (("model", "runs/mine"), ("data", "prompts.jsonl"), ("reward_funcs", "'[runs/reward]'")):
+            if not getattr(self, name):
+                raise UserError(f"best-of-n needs --{name}, such as --{name} {example}")
+
+
+@dataclass(frozen=True)
 class PolicyLossConfig:
     """The loss of a policy that learns from its own samples (align/policy_loss.py); names and defaults are TRL's."""
 

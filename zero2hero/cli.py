@@ -139,6 +139,25 @@ VERBS = {
             'zero2hero run-pipeline text-classification "An answer to be scored." --model runs/reward',
         ),
     ),
+    "distill": Verb(
+        "Let a small model learn what a large one predicts at each token, on given answers or on its own.",
+        "zero2hero.alignment_configs:DistillConfig",
+        "zero2hero.align.distill:distill",
+        (
+            "zero2hero distill --model runs/small --teacher runs/large --data chats.jsonl",
+            "zero2hero distill --model runs/small --teacher runs/large --beta 1 --lmbda 0.5 --method full",
+        ),
+    ),
+    "best-of-n": Verb(
+        "Write n answers to each prompt and keep the best, or all that are good enough, as data for sft.",
+        "zero2hero.alignment_configs:BestOfNConfig",
+        "zero2hero.align.best_of_n:best_of_n",
+        (
+            "zero2hero best-of-n --model runs/mine --data prompts.jsonl --reward_funcs '[runs/reward]' --n 16",
+            "zero2hero best-of-n --model runs/mine --data sums:500 --reward_funcs '[number]' --threshold 1 "
+            "--output right.jsonl",
+        ),
+    ),
     "dpo": Verb(
         "Tune a model by preferences, without a reward model: DPO and its kin, IPO, KTO, ORPO, SimPO, ...",
         "zero2hero.alignment_configs:DpoConfig",

@@ -48,10 +48,11 @@ def read_prompts(config: OnlineConfig, lm: LanguageModel) -> tuple[list[Prompt],
         UserError: with the record's place: it has nothing to answer, or is too long for the model's context.
     """
     learn, held_out = split_records(config)
-    return _encoded(learn, lm, config.on_bad_record), _encoded(held_out, lm, config.on_bad_record)
+    return prompts_of(learn, lm, config.on_bad_record), prompts_of(held_out, lm, config.on_bad_record)
 
 
-def _encoded(records: Sequence[Record], lm: LanguageModel, on_bad_record: str) -> list[Prompt]:
+def prompts_of(records: Sequence[Record], lm: LanguageModel, on_bad_record: str) -> list[Prompt]:
+    """What records ask, as `read_prompts` has it."""
     bad, prompts = BadRecords(on_bad_record == "skip"), []
     context = lm.model.config.max_position_embeddings
     for record in records:
