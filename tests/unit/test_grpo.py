@@ -6,13 +6,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zero2hero as z2h
-from zero2hero.align.grpo import grpo
+from zero2hero.align.grpo import Practice, grpo
+from zero2hero.align.rewards import load_rewards
+from zero2hero.align.rollout import Rollout, rollout_logprobs, training_batch
 from zero2hero.alignment_configs import GrpoConfig
 from zero2hero.cli import main
 from zero2hero.config import DecoderConfig, TrainConfig
@@ -195,6 +199,42 @@ def test_with_a_tool(config, tmp_path):
     grpo(config)
     assert max(rows_of(config, "sampling/sampling_logp_difference/mean")) < 1e-4
     assert max(rows_of(config, "tools/call_frequency")) > 0
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_all_logits_are_never_made_with_a_vocabulary_of_128k():
+    """Neither for the loss and its gradient, nor for entropies, the reference or recomputed log-probabilities."""
+    vocabulary, tokens, samples = 128 * 1024, 192, 8
+    shape = DecoderConfig(
+        vocab_size=vocabulary, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=256
+    )
+    model = Decoder(shape)
+    init_weights(model, 0)
+    ids = [torch.randint(vocabulary, (tokens,)).tolist() for _ in range(samples)]
+    rollout = Rollout(
+        [[1, 2]] * samples, ids, [[-11.0] * tokens] * samples, [[True] * tokens] * samples, ["stop"] * samples,
+        [""] * samples,
+    )  # fmt: skip
+    config = GrpoConfig(model="none", beta=0.1, loss_type="grpo", train=TRAIN)
+    practice = Practice(config, [], SimpleNamespace(exact=True), load_rewards("number"))  # type: ignore[arg-type]
+    columns = {"behaviour": rollout.logprobs_NC, "ref": rollout.logprobs_NC, "advantages": torch.ones(samples)}
+    with Largest() as largest:
+        rollout_logprobs(model, rollout, samples_at_a_time=samples)
+        practice.objective(model, training_batch(rollout, range(samples), **columns)).sum.backward()
+    whole = samples * tokens * vocabulary
+    assert largest.numel <= 512 * vocabulary == whole / 3  # a chunk of the head's products
 
 
 def test_from_the_command_line(config, capsys):

@@ -70,13 +70,11 @@ def calculate(words: str) -> str:
         return "error: too long"
     try:
         value = _value(ast.parse(words.strip().replace("×", "*").replace(",", ""), mode="eval").body)
+        return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
     except ZeroDivisionError:
         return "error: division by zero"
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
         return "error: not a calculation"
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.6g}"
 
 
 def _value(node: ast.AST) -> Fraction:
