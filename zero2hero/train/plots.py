@@ -132,8 +132,23 @@ def gap_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | 
 def scores_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
     """How much of what is held out the model gets right."""
     curves = {name: series(rows, f"eval_{name}") for name in ("exact_match", "accuracy")}
+    curves |= {"preferred as people do": series(rows, "eval_rewards/accuracies")}
+    curves |= {"win rate": series(rows, "eval_win_rate")}
     shown = {name.replace("_", " "): (steps, values) for name, (steps, values) in curves.items()}
-    return small_figure("Held-out answers that are right", shown, (theme.evaluation, theme.train), theme, shares=True)
+    colours = (theme.evaluation, theme.train, theme.evaluation, theme.ngram)
+    return small_figure("Held-out answers that are right", shown, colours, theme, shares=True)
+
+
+def rewards_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """What the policy's log-probabilities say of held-out answers: how far those that people prefer are ahead."""
+    curves = {name: series(rows, f"eval_rewards/{name}") for name in ("chosen", "rejected", "margins")}
+    colours = (theme.train, theme.evaluation, theme.ngram)
+    return small_figure("Rewards of held-out answers", curves, colours, theme, linear=True)
+
+
+def distance_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """How far the policy has gone from what it was, in nats for each answer."""
+    return small_figure("KL to the reference", {"": series(rows, "eval_kl")}, (theme.train,), theme, linear=True)
 
 
 def reward_figure(rows: Rows, config: Mapping[str, Any], theme: Theme) -> Figure | None:
@@ -240,6 +255,8 @@ SCORES: dict[str, Draw] = {
     "entropy_and_kl": entropy_figure,
     "completion_length": length_figure,
     "scores": scores_figure,
+    "rewards": rewards_figure,
+    "kl": distance_figure,
 }
 HEALTH: dict[str, Draw] = {
     "gradient_norm": gradient_figure,

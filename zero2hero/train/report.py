@@ -130,6 +130,8 @@ def outcome(run: Run) -> str:
         return f"The run diverged: its last {name} is {loss}. A lower learning rate or a longer warmup may help."
     if (accuracy := run.last("eval_accuracy")) is not None:
         return f"<strong>Held-out accuracy {accuracy:.1%}</strong>, at a {name} of {loss:.3f} {run.units.of_loss}."
+    if (accuracy := run.last("eval_rewards/accuracies")) is not None:
+        return _preferences(run, accuracy, f"at a {name} of {loss:.3f} {escape(run.units.of_loss)}")
     measures = [f"perplexity {math.exp(min(loss, 99)):.4g}"] if run.units == Units() else []
     if (bits := run.last("eval_bits_per_byte")) is not None:
         measures.append(f"{bits:.3f} bits per byte")
@@ -145,6 +147,20 @@ def outcome(run: Run) -> str:
     best = min((value for value in run.values("eval_loss") if math.isfinite(value)), default=loss)
     if best < loss - 0.001:
         text += f"; the best on the way was {best:.3f}"
+    return text + "."
+
+
+def _preferences(run: Run, accuracy: float, loss: str) -> str:
+    """How often the model prefers what people prefer, and how far it went for that."""
+    text = f"<strong>It prefers what people prefer in {accuracy:.1%} of held-out cases</strong>"
+    low, high = run.last("eval_rewards/accuracies_low"), run.last("eval_rewards/accuracies_high")
+    if low is not None:
+        text += f" (95 % interval {low:.0%} to {high:.0%})"
+    text += f", {loss}"
+    if (kl := run.last("eval_kl")) is not None:
+        text += f"; its KL to the model as it was is {kl:.2g} nats an answer"
+    if (wins := run.last("eval_win_rate")) is not None:
+        text += f"; raters would like {wins:.0%} of its answers better than those of before"
     return text + "."
 
 
