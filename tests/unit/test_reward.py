@@ -79,6 +79,22 @@ def test_votes_with_provenance_become_a_reward_model(base, tmp_path, method):
     assert "right, with 95 % interval" in page
 
 
+def test_the_same_votes_tune_a_model(base, tmp_path):
+    """What an arena writes goes through `dpo` as through `reward`: columns beside the preference are left alone."""
+    from zero2hero.align.dpo import dpo
+    from zero2hero.alignment_configs import DpoConfig
+
+    data = votes(tmp_path / "votes.jsonl")
+    assert next(iter(read_records(data))).other.keys() == {"voter", "models", "time"}
+    dpo(from_dict(DpoConfig, {
+        "model": str(base), "data": str(data), "output_dir": str(tmp_path / "run"), "method": "full", "num_samples": 0,
+        "precision": "fp32", "report_to": [],
+        "train": {"max_steps": 6, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "warmup_steps": 0},
+    }))  # fmt: skip
+    found = [row for row in read_metrics(tmp_path / "run") if "eval_rewards/accuracies" in row]
+    assert found[-1]["eval_rewards/accuracies"] == 1.0
+
+
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(base, tmp_path):
     data = votes(tmp_path / "votes.jsonl")
     reward(settings(base, data, tmp_path / "whole"))
