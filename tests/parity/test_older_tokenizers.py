@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 import string
@@ -15,9 +16,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
+from zero2hero.data.worlds.stories import story
 from zero2hero.errors import UserError
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.tokenizer.build import train_unigram
 from zero2hero.tokenizer.sentencepiece import build, parse
 
 RANGES = [(32, 127), (32, 127), (160, 0x250), (0x370, 0x400), (0x3040, 0x30FF), (0x4E00, 0x4F00), (0x1F600, 0x1F640)]
@@ -213,6 +217,45 @@ def test_trained_kinds_open_in_transformers_with_the_same_ids(tmp_path, kind):
         assert tokenizer.id_to_token(ids[-1]) == "</s>"
         assert tokenizer.decode(ids) == TEXTS[0]
         assert tokenizer.token_to_id("<extra_id_0>") == tokenizer.vocab_size - 1
+
+
+LEARN = """
+import sys
+from zero2hero.data.worlds.stories import story
+from zero2hero.tokenizer import Tokenizer
+print(Tokenizer.train([story(i).text for i in range(60)], 500, kind=sys.argv[1]).raw.to_str())
+"""
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_equal_texts_give_equal_tokenizers_in_every_process(kind):
+    environments = [os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed} for seed in ("1", "2")]
+    learned = {
+        subprocess.run([sys.executable, "-c", LEARN, kind], env=env, capture_output=True, text=True, check=True).stdout
+        for env in environments
+    }
+    assert len(learned) == 1
+    assert len(json.loads(learned.pop())["model"]["vocab"]) > 300
+
+
+def test_unigram_pieces_are_as_good_as_the_library_s():
+    """On held-out text, by the number of pieces and by their likelihood."""
+    learn, held_out = ([story(i, split).text for i in range(n)] for n, split in ((200, "train"), (50, "validation")))
+    ours = train_unigram(learn, 700, ["<pad>", "</s>", "<unk>"])
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    theirs.normalizer, theirs.pre_tokenizer = ours.normalizer, ours.pre_tokenizer
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=700, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    theirs.train_from_iterator(learn, trainer)
+    pieces, bits = [], []
+    for raw in (ours, theirs):
+        logprobs = dict(json.loads(raw.to_str())["model"]["vocab"])
+        written = [token for encoding in raw.encode_batch(held_out) for token in encoding.tokens]
+        pieces.append(len(written))
+        bits.append(-sum(logprobs[token] for token in written))
+    assert pieces[0] < 1.02 * pieces[1]
+    assert bits[0] < 1.01 * bits[1]
 
 
 def test_kinds_with_their_own_special_tokens_refuse_others():

@@ -45,7 +45,7 @@ def roberta_tokenizer() -> Tokenizer:
 
 
 def t5_tokenizer() -> Tokenizer:
-    """T5's roles, but not its unigram pieces, which come out a little different each time they are learned."""
+    """T5's roles, with byte-level pieces."""
     roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     raw = train_bpe(SENTENCES, 330, "gpt2", list(roles.values()))
     raw.add_special_tokens(list(roles.values()))

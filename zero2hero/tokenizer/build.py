@@ -6,6 +6,8 @@ tokens: merges, or one token per character), post-processor (adds BOS and EOS), 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import tokenizers
@@ -13,6 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from zero2hero.errors import UserError
 from zero2hero.tokenizer.patterns import SpecialSplitter, check_vocab_size, documents, split_pattern
+from zero2hero.tokenizer.unigram import train_pieces
 
 
 def byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
@@ -77,24 +80,38 @@ def train_characters(texts: Iterable[str], vocab_size: int, special: list[str]) 
 
 
 def train_word_piece(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
-    """BERT's kind of tokenizer, lower-cased: whole words where they are frequent, pieces (`##ing`) elsewhere."""
-    raw = word_piece(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    raw.train_from_iterator(_not_empty(documents(texts)), trainer)
-    return raw
+    """BERT's kind of tokenizer, lower-cased: whole words where they are frequent, pieces (`##ing`) elsewhere.
+
+    The library numbers characters in the order of a hash table, which differs from process to process, and of equally
+    frequent pairs merges those of lower numbers. So it is asked twice: for the characters, and, these sorted, again.
+    """
+    known, texts = special, list(_not_empty(documents(texts)))
+    for size in (0, vocab_size):
+        raw = word_piece(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=known, show_progress=False)
+        raw.train_from_iterator(texts, trainer)
+        vocab = raw.get_vocab()
+        known = [*special, *sorted(vocab.keys() - set(special))]
+    finished = word_piece(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    finished.add_special_tokens(special)  # and the characters no longer
+    return finished
 
 
 def train_unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
-    """T5's kind: the pieces under which the text is likeliest (Kudo 2018, arXiv 1804.10959); a space is written ▁."""
-    raw = tokenizers.Tokenizer(models.Unigram())
+    """T5's kind: the pieces under which the text is likeliest (tokenizer/unigram.py); a space is written ▁."""
     spaces = [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
-    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), *spaces])
+    normalizer = normalizers.Sequence([normalizers.NFKC(), *spaces])
+    words: Counter[str] = Counter()
+    for text in _not_empty(documents(texts)):
+        if normal := normalizer.normalize_str(text):
+            words.update(re.findall("▁[^▁]*", f"▁{normal}".replace(" ", "▁")))
+    pieces = train_pieces(words, vocab_size - len(special))
+    vocab = [(token, 0.0) for token in special] + [piece for piece in pieces if piece[0] not in special]
+    raw = tokenizers.Tokenizer(models.Unigram(vocab, special.index("<unk>"), False))
+    raw.normalizer = normalizer
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     raw.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    raw.train_from_iterator(_not_empty(documents(texts)), trainer)
+    raw.add_special_tokens(special)
     return raw
 
 
