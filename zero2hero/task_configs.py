@@ -231,12 +231,16 @@ class ImageTextConfig(ImageTaskConfig):
     language_model: str | None = None  # a language model to take, with its tokenizer
     trained: str = "all"
     """What learns: projector (the first stage of LLaVA), projector_and_language_model (the second), all."""
+    questions_per_row: int = 1
+    """Where images have several questions, so many share a row, in which the image is read once; they do not see each
+    other. per_device_train_batch_size counts rows."""
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024))
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=32, **CLIP_TOWER))
     model: DecoderConfig = field(default_factory=lambda: DecoderConfig(hidden_size=128, num_attention_heads=4))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 1, "questions_per_row")
         one_of(self, "trained", ("projector", "projector_and_language_model", "all"))
         if self.base_model and (self.vision_model or self.language_model):
             raise UserError("base_model is a whole model: leave out vision_model and language_model")

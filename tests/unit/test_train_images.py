@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,10 +17,19 @@ from zero2hero.config import DecoderConfig, TokenizerConfig, TrainConfig
 from zero2hero.data.worlds import world
 from zero2hero.data.worlds.raster import png
 from zero2hero.errors import UserError
-from zero2hero.model_configs import CLIP_TOWER, MLPConfig, VisionConfig, VisionTextConfig, text_tower
+from zero2hero.model_configs import (
+    CLIP_TOWER,
+    MLPConfig,
+    VisionConfig,
+    VisionLanguageConfig,
+    VisionTextConfig,
+    text_tower,
+)
 from zero2hero.models import MLP, from_pretrained, init_mlp, save_pretrained
+from zero2hero.models.vision_language import VisionLanguage
 from zero2hero.task_configs import ImageClassificationConfig, ImageTextConfig, ZeroShotImageConfig
 from zero2hero.train import image_classification, image_text_to_text, zero_shot_image_classification
+from zero2hero.train.objectives import vision_language_lm
 from zero2hero.tune import LoraConfig
 
 pytest.importorskip("PIL")
@@ -203,6 +213,43 @@ def test_image_text_to_text_in_stages(tmp_path):
     inputs = processor(images=image, text=f"<image>\n{records[0]['question']}\n", return_tensors="pt")
     written = theirs.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert processor.tokenizer.decode(written, skip_special_tokens=True).strip() == ours[0]
+
+
+def test_questions_that_share_an_image_learn_what_they_do_alone():
+    """Loss and gradients are equal, though the image is read once; none sees another question."""
+    text = DecoderConfig(vocab_size=50, **TINY)
+    vision = VisionConfig(image_size=16, patch_size=8, **TINY, **CLIP_TOWER)
+    model = VisionLanguage(VisionLanguageConfig(text, vision, image_token_index=5, vision_feature_layer=-1))
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+
+    def example():
+        ids = np.concatenate([model.expand([1, 5]), rng.integers(6, 50, rng.integers(3, 8))])
+        return ids, np.where(np.arange(len(ids)) < len(ids) - 2, -100, rng.integers(6, 50, len(ids)))
+
+    rows = [[example() for _ in range(count)] for count in (3, 1, 2)]
+    pixels = torch.randn(3, 3, 16, 16, generator=generator)
+    alone = [[one] for row in rows for one in row], pixels[[0, 0, 0, 1, 2, 2]]
+    found = []
+    for some, images in ((rows, pixels), alone):
+        model.zero_grad()
+        loss = vision_language_lm(model, image_text_to_text._batch(some, images, 0, 5).to("cpu"))
+        loss.sum.backward()
+        found.append([loss.sum.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for shared, single in zip(*found, strict=True):
+        torch.testing.assert_close(shared, single, atol=1e-5, rtol=1e-4)
+
+
+def test_an_epoch_has_every_question_once_beside_others_of_its_image():
+    image_of = np.random.default_rng(0).permutation(np.repeat(np.arange(8), 7))
+    config = ImageTextConfig(questions_per_row=4, train=dataclasses.replace(TRAIN, per_device_train_batch_size=4))
+    rows = image_text_to_text.Rows(image_of, [(np.zeros(5), np.zeros(5))] * 56, config, together=1)
+    epochs = [[row for batch in range(4) for row in rows[4 * epoch + batch]] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(record for row in epoch for record in row) == list(range(56))
+        assert all(len({image_of[record] for record in row}) == 1 for row in epoch)
+    assert epochs[0] != epochs[1]
 
 
 def test_parts_of_other_models(tmp_path):

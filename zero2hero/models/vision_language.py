@@ -63,9 +63,10 @@ class VisionLanguage(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        branch_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] of the language model; see `embed`, and `Decoder` for the rest."""
-        return self.language_model(self.embed(ids_BT, pixels_ICHW), positions, document_ids, cache)
+        return self.language_model(self.embed(ids_BT, pixels_ICHW), positions, document_ids, cache, branch_ids)
 
     def embed(self, ids_BT: Tensor, pixels_ICHW: Tensor | None = None) -> Tensor:
         """The vectors [B, T, D] of tokens and images.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from zero2hero.data.images import ImageProcessor
 from zero2hero.data.labelled import RowsByLength
-from zero2hero.data.pairs import padded
+from zero2hero.data.pairs import moved, padded
 from zero2hero.data.pictures import ANSWER_COLUMNS, QUESTION_COLUMNS, fingerprint
 from zero2hero.data.tables import Table
 from zero2hero.errors import UserError
@@ -58,12 +59,17 @@ TEMPLATE = """{% for message in messages %}\
 
 @dataclass(frozen=True)
 class SeeingBatch:
-    """As `Batch`, without packing, and the images of all rows in their order."""
+    """As `Batch`, and the images of all rows in their order.
+
+    Where several questions share a row they are branches behind its image (see `Decoder`); else the last three are None.
+    """
 
     ids_BT: Any
     targets_BT: Any
     pixels_ICHW: Any
-    document_ids_BT: None = None
+    positions_BT: Any = None
+    document_ids_BT: Any = None
+    branch_ids_BT: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,8 +77,7 @@ class SeeingBatch:
         return self.ids_BT.shape[0] * self.ids_BT.shape[1]
 
     def to(self, device: Any) -> SeeingBatch:
-        ids, targets, pixels = (torch.as_tensor(x).to(device) for x in (self.ids_BT, self.targets_BT, self.pixels_ICHW))
-        return SeeingBatch(ids, targets, pixels)
+        return moved(self, device)
 
 
 def _begin(config: ImageTextConfig, place: Place) -> Task:
@@ -94,14 +99,15 @@ def _begin(config: ImageTextConfig, place: Place) -> Task:
     pixels, held_pixels = Pixels(pictures, parts.processor), Pixels(held_pictures, parts.processor)
     size = config.train.per_device_train_batch_size
     together = config.train.gradient_accumulation_steps * place.ranks.data_size
-    rows = RowsByLength([len(ids) for ids, _ in examples], size, together, config.train.seed)
-    pad = tokenizer.pad_token_id or 0
+    rows = Rows(pictures.of_record, examples, config, together)
+    pad, mark = tokenizer.pad_token_id or 0, model.config.image_token_index
 
     def batch(index: int) -> SeeingBatch:
-        return _batch([examples[i] for i in rows[index]], pixels(rows[index]), pad)
+        chosen = rows[index]
+        return _batch([[examples[i] for i in row] for row in chosen], pixels([row[0] for row in chosen]), pad, mark)
 
     def held_batch(chosen: np.ndarray) -> SeeingBatch:
-        return _batch([held_examples[i] for i in chosen], held_pixels(chosen), pad)
+        return _batch([[held_examples[i]] for i in chosen], held_pixels(chosen), pad, mark)
 
     order = np.argsort([len(ids) for ids, _ in held_examples], kind="stable")
     held_rows = [order[chosen] for chosen in chunks(len(order), 2 * size)]
@@ -263,10 +269,61 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]], model: VisionLang
     return examples
 
 
-def _batch(examples: list[Encoded], pixels: Tensor, pad: int) -> SeeingBatch:
-    ids, _ = padded([ids for ids, _ in examples], pad)
-    targets, _ = padded([targets for _, targets in examples], IGNORE)
-    return SeeingBatch(ids, targets, pixels)
+class Rows:
+    """`rows[i]`: the numbers of the records in each row of micro-batch i of the run, a function of seed and i.
+
+    One record a row, or several that are about the same image: in each epoch its records are shuffled and dealt out.
+
+    Args:
+        image_of: each record's image.
+        together: micro-batches of a step.
+    """
+
+    def __init__(self, image_of: np.ndarray, examples: list[Encoded], config: ImageTextConfig, together: int) -> None:
+        self.image_of, self.each, self.seed = image_of, config.questions_per_row, config.train.seed
+        lengths = [len(ids) for ids, _ in examples]
+        count = len(self._dealt(0))
+        self._rows = RowsByLength(lengths if self.each == 1 else [1] * count, config.train.per_device_train_batch_size,
+                                  together, self.seed)  # fmt: skip
+        self._dealt = lru_cache(maxsize=2)(self._dealt)  # type: ignore[method-assign]
+
+    def __getitem__(self, index: int) -> list[list[int]]:
+        dealt = self._dealt(index // (self._rows.steps_per_epoch * self._rows.together))
+        return [dealt[row] for row in self._rows[index]]
+
+    def _dealt(self, epoch: int) -> list[list[int]]:
+        order = np.arange(len(self.image_of))
+        if self.each > 1:
+            order = np.random.default_rng([self.seed % 2**64, epoch, self.each]).permutation(order)
+            order = order[np.argsort(self.image_of[order], kind="stable")]
+        rows: list[list[int]] = []
+        for i in order.tolist():
+            alike = rows and self.image_of[rows[-1][0]] == self.image_of[i]
+            if alike and self.each > 1 and len(rows[-1]) < self.each:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+        return rows
+
+
+def _batch(rows: list[list[Encoded]], pixels: Tensor, pad: int, mark: int) -> SeeingBatch:
+    """Rows of examples about one image each: its tokens (`mark`) and what stands before them, then the rest of each."""
+    if all(len(row) == 1 for row in rows):
+        ids, _ = padded([row[0][0] for row in rows], pad)
+        targets, _ = padded([row[0][1] for row in rows], IGNORE)
+        return SeeingBatch(ids, targets, pixels)
+    columns: list[list[np.ndarray]] = [[], [], [], []]  # ids, targets, positions, branches: one array a row
+    for row in rows:
+        front = int(np.flatnonzero(row[0][0] == mark)[-1]) + 1
+        parts = [(row[0][0][:front], row[0][1][:front], np.arange(front), np.zeros(front, int))]
+        for branch, (ids, targets) in enumerate(row, start=1):
+            length = len(ids) - front
+            parts.append((ids[front:], targets[front:], np.arange(front, len(ids)), np.full(length, branch)))
+        for column, arrays in zip(columns, zip(*parts)):
+            column.append(np.concatenate(arrays))
+    fills = pad, IGNORE, 0, max(map(len, rows)) + 1  # padding is a branch of its own
+    ids, targets, positions, branches = (padded(column, fill)[0] for column, fill in zip(columns, fills))
+    return SeeingBatch(ids, targets, pixels, positions, np.zeros_like(ids), branches)
 
 
 @torch.no_grad()

@@ -94,8 +94,9 @@ def vision_language_lm(model: nn.Module, batch: Any) -> Loss:
 
     `batch`: as `causal_lm`'s, image tokens expanded and without targets; pixels_ICHW, the images in their order.
     """
+    more = {} if batch.branch_ids_BT is None else {"branch_ids": batch.branch_ids_BT}
     positions = batch.positions_BT if batch.document_ids_BT is not None else None
-    hidden = model(batch.ids_BT, batch.pixels_ICHW, positions=positions, document_ids=batch.document_ids_BT)
+    hidden = model(batch.ids_BT, batch.pixels_ICHW, positions=positions, document_ids=batch.document_ids_BT, **more)
     total, count = nll_sum(hidden, model.head_weight, batch.targets_BT)  # type: ignore[arg-type]
     return Loss(total, count)
 
