@@ -20,7 +20,7 @@ from zero2hero.errors import UserError
 from zero2hero.models import Decoder, init_weights
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.train.pretrain import fit_shape
-from zero2hero.train.sft import sft
+from zero2hero.train.sft import sft, split_records
 from zero2hero.train.tracking import read_metrics
 from zero2hero.tune.config import LoraConfig
 from zero2hero.tuning_configs import SftConfig
@@ -172,3 +172,10 @@ def test_held_out_dialogues_are_others():
     record = Dialogues().record(3, "validation")
     assert record["messages"] == messages(dialogue(3, "validation"))
     assert [m["role"] for m in record["messages"][:2]] == ["user", "assistant"]
+
+
+def test_a_mix_of_built_in_data_holds_out_what_its_parts_do(config):
+    mixed = dataclasses.replace(config, data=["dialogues:40", "stories:20"])
+    learn, held_out = split_records(mixed)
+    assert [sum(record.kind == "text" for record in side) for side in (learn, held_out)] == [20, 2]
+    assert messages(dialogue(0, "validation")) in [record.messages for record in held_out]

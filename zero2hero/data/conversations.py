@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from zero2hero.data.files import BadRecords
 from zero2hero.data.messages import Messages, check_order, normal_messages, parsed, text_of
-from zero2hero.data.sources import open_source
+from zero2hero.data.sources import Source, open_source
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.tokenizer.turns import common_prefix
 
@@ -63,18 +63,19 @@ class Record:
 
 
 def read_records(
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    data: Source | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     split: str = "train",
     on_bad_record: Literal["raise", "skip"] = "raise",
 ) -> Iterator[Record]:
-    """Every record of files, folders or hub data sets (see sources.py), recognized one by one.
+    """Every record of files, folders or hub data sets (see sources.py), or of an open source, recognized one by one.
 
     Raises:
         UserError: with the record's place: its shape is unknown, or it breaks the rules of its shape. With
             on_bad_record="skip" such records are left out, and a warning says how many.
     """
-    source, bad = open_source(data, split=split, on_bad_record=on_bad_record), BadRecords(on_bad_record == "skip")
+    source = data if isinstance(data, Source) else open_source(data, split=split, on_bad_record=on_bad_record)
+    bad = BadRecords(on_bad_record == "skip")
     for number, (row, where) in enumerate(source.rows(), start=1):
         try:
             yield recognize(row, number, where)

@@ -179,7 +179,7 @@ def split_records(config: Any) -> tuple[list[Record], list[Record]]:
     if config.eval_data:
         return records, list(read(config.eval_data))
     if (made := open_source(config.data).validation) is not None:
-        return records, list(read(made.name, split="validation"))
+        return records, list(read(made))
     order = np.random.default_rng(config.train.seed).permutation(len(records))
     count = max(1, round(config.validation_fraction * len(records)))
     if count >= len(records):
