@@ -61,7 +61,7 @@ TEMPLATE = """{% for message in messages %}\
 class SeeingBatch:
     """As `Batch`, and the images of all rows in their order.
 
-    Where several questions share a row they are branches behind its image (see `Decoder`); else the last three are None.
+    Several questions that share a row are branches behind its image (see `Decoder`); else the last three are None.
     """
 
     ids_BT: Any
