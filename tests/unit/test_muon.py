@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from zero2hero.train import muon_native
 from zero2hero.train.muon import POLYNOMIALS, Muon, orthogonalize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,3 +174,64 @@ def test_muon_solves_a_least_squares_problem():
         (weight - target).square().sum().backward()
         optimizer.step()
     assert (weight - target).abs().max() < 0.02
+
+
+# --- native/muon.c ------------------------------------------------------------------------------------------
+
+KERNEL_SHAPES = [(16, 16), (48, 48), (64, 64), (80, 80), (96, 112), (112, 96), (64, 160), (176, 48), (192, 512)]
+
+
+@pytest.fixture
+def kernel(bf16):
+    if muon_native._library() is None:
+        pytest.skip("native/muon.c needs a C compiler and a processor with bf16 products (AVX-512)")
+
+
+def two_steps(shape, monkeypatch, by_kernel: bool, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how far a weight moved, its momentum) in two steps with different gradients, which have that rank."""
+    if not by_kernel:
+        monkeypatch.setattr(muon_native, "usable", lambda params: False)
+    weights = [random(*shape, seed=seed).requires_grad_() for seed in range(2)]
+    optimizer = Muon(weights, lr=0.1, weight_decay=0.1, dtype=torch.bfloat16)
+    for step in range(2):
+        for seed, weight in enumerate(weights):
+            weight.grad = random(*shape, seed=10 * step + seed + 5)
+            if rank is not None:
+                weight.grad = random(shape[0], rank, seed=10 * step + seed) @ random(rank, shape[1], seed=seed)
+        optimizer.step()
+    monkeypatch.undo()
+    return weights[1].detach() - random(*shape, seed=1), optimizer.state[weights[1]]["momentum"]
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_the_kernel_takes_the_same_step(shape, kernel, monkeypatch):
+    (plain, plain_momentum), (found, momentum) = (two_steps(shape, monkeypatch, by) for by in (False, True))
+    assert (momentum - plain_momentum).abs().max() < 1e-5
+    assert (found - plain).norm() < 0.04 * plain.norm()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 160), (160, 64)])
+def test_the_kernel_makes_no_direction_of_a_low_rank_gradient_too_large(shape, kernel, monkeypatch):
+    moved, _ = two_steps(shape, monkeypatch, True, rank=3)
+    assert moved.isfinite().all()
+    assert torch.linalg.svdvals(moved).max() < 3 * 0.1 * 0.2 * max(shape) ** 0.5
+
+
+def test_the_kernel_leaves_what_it_cannot_take(kernel):
+    def usable(*shapes):
+        weights = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        return muon_native.usable(weights)
+
+    assert usable((16, 32))
+    assert not usable((16, 24))
+    assert not usable((16, 32), (8, 16))
+    assert not usable()
+
+
+def test_the_kernel_and_a_gradient_of_zeros(kernel):
+    weight = random(32, 64).requires_grad_()
+    weight.grad = torch.zeros(32, 64)
+    Muon([weight], lr=0.1, weight_decay=0.5, dtype=torch.bfloat16).step()
+    assert (weight - 0.95 * random(32, 64)).abs().max() < 1e-6

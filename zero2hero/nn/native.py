@@ -38,8 +38,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had."""
+def library(name: str = "fused") -> ctypes.CDLL | None:
+    """The compiled kernels of native/NAME.c, or None where they cannot be had."""
     if os.environ.get("ZERO2HERO_NATIVE") == "0" or sys.platform != "linux":
         return None
     openmp = _openmp_of_torch()
@@ -47,12 +47,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        return native_library("fused", *_FLAGS)
+        return native_library(name, *_FLAGS)
     except FileNotFoundError:  # no compiler
         return None
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error).encode()
-        warnings.warn(f"training is slower: native/fused.c: {detail.decode(errors='replace')[:500]}", stacklevel=3)
+        warnings.warn(f"training is slower: native/{name}.c: {detail.decode(errors='replace')[:500]}", stacklevel=3)
         return None
 
 

@@ -3,8 +3,8 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) treats a matrix as a matrix: it replaces the momentum
 U S V^T by U V^T, and reaches a given loss in roughly a third fewer steps than AdamW. The orthogonal factor comes from
 three odd polynomials of the matrix, products only, each the best after those before it (Amsel et al. 2025, Polar
-Express, arXiv 2505.16932). Matrices of one shape are orthogonalized as one batch, in the model's precision. Each update
-is scaled to the size that AdamW's would have (Liu et al. 2025, "Muon is scalable", arXiv 2502.16982), so that one
+Express, arXiv 2505.16932). Matrices of one shape are orthogonalized as one batch, in the model's precision; in bf16 on
+a CPU, each in one core's cache (native/muon.c). Each update is scaled to the size that AdamW's would have (Liu et al. 2025, "Muon is scalable", arXiv 2502.16982), so that one
 learning rate and one weight decay serve both.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zero2hero.nn.native import momentum_, update_
+from zero2hero.train import muon_native
 from zero2hero.train.sharding import division, on_whole, whole_shape
 
 # Each row is a, b, c of x <- a x + b x^3 + c x^5: the best next one for what the rows before it leave of [0.025, 1],
@@ -100,15 +101,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
+        jobs: list[muon_native.Job] = []
         for group in self.param_groups:
-            for params in _alike([p for p in group["params"] if p.grad is not None], division):
+            trained = [p for p in group["params"] if p.grad is not None]
+            keep = 1.0 - group["lr"] * group["weight_decay"]
+            rate = 0.2 * group["lr"] * max(whole_shape(group["params"][0])) ** 0.5
+            if self.dtype == torch.bfloat16 and muon_native.usable(trained):
+                jobs += [(p, self._momentum(p), keep, rate) for p in trained]
+                continue
+            for params in _alike(trained, division):
                 ahead = torch.empty(len(params), *params[0].shape, dtype=self.dtype, device=params[0].device)
                 for p, each in zip(params, ahead):
                     momentum_(self._momentum(p), p.grad, each, group["momentum"], group["nesterov"])  # type: ignore[arg-type]
-                updates = on_whole(orthogonalize, params, ahead)
-                keep, size = 1 - group["lr"] * group["weight_decay"], 0.2 * max(whole_shape(params[0])) ** 0.5
-                for p, update in zip(params, updates):
-                    update_(p, update, keep, group["lr"] * size)
+                for p, update in zip(params, on_whole(orthogonalize, params, ahead)):
+                    update_(p, update, keep, rate)
+        if jobs:
+            muon_native.step(jobs, POLYNOMIALS, self.defaults["momentum"], self.defaults["nesterov"])
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
