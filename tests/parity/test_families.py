@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zero2hero.config import DecoderConfig, MoEConfig
+from zero2hero.data.batches import Batch
 from zero2hero.errors import UserError
 from zero2hero.models import Decoder, from_pretrained, save_pretrained
 from zero2hero.models.families import FAMILIES
 from zero2hero.models.gemma import Gemma, GemmaConfig
 from zero2hero.nn.moe import load_balancing_loss
+from zero2hero.train.objectives import causal_lm
 
 transformers = pytest.importorskip("transformers")
 
@@ -237,6 +239,24 @@ def test_a_model_made_here_opens_there(name, tmp_path):
     theirs = reread(tmp_path)
     assert theirs.config.model_type == name.split()[0]
     same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma", "gemma2", "gemma3"])
+def test_the_loss_and_its_gradients_are_theirs(case, tmp_path):
+    """Gemma 2 among them, whose logits are soft-capped."""
+    theirs = reference(*CASES[case])
+    theirs.save_pretrained(tmp_path)
+    ours, x = from_pretrained(tmp_path), ids()
+    targets = torch.cat([x[:, 1:], torch.full((len(x), 1), -100)], 1)
+    loss = causal_lm(ours, Batch(x, targets, torch.arange(x.shape[1]).expand_as(x), None))
+    mean, want = loss.sum / loss.weight, theirs(input_ids=x, labels=x).loss
+    torch.testing.assert_close(mean, want)
+    mean.backward()
+    want.backward()
+    for name in ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight"):
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, theirs.model.get_parameter(name).grad, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_the_balancing_loss_is_theirs():

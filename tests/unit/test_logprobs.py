@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zero2hero.errors import UserError
 from zero2hero.nn import logprobs
 from zero2hero.nn.logprobs import IGNORE, logprobs_and_entropies, nll_sum, token_logprobs
 
@@ -59,6 +60,40 @@ def test_token_logprobs(chunk, temperature, ignored):
     gradients = [torch.autograd.grad((values * each).sum(), (hidden, weight)) for values in (got, want)]
     for a, b in zip(*gradients):
         close(a, b)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_head_with_a_soft_cap(chunk, temperature, native, monkeypatch):
+    """Value and gradient are those of all logits, capped, made at once; entropies too."""
+    if native == "0":
+        monkeypatch.setattr(logprobs.native, "usable", lambda *tensors: False)
+    hidden, weight, targets = problem((5, 30), ignored=0.3)
+    head = logprobs.SoftCappedHead(weight, 1.5)
+    capped = 1.5 * torch.tanh(hidden @ weight.t() / 1.5) / temperature
+    everything = torch.log_softmax(capped, -1)
+    keep = targets != IGNORE
+    want = everything.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * keep
+    got = token_logprobs(hidden, head, targets, temperature=temperature)
+    close(got, want)
+    each = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad((v * each).sum(), (hidden, weight), retain_graph=True) for v in (got, want))):
+        close(a, b)
+    _, entropies = logprobs.logprobs_and_entropies(hidden[keep], head, targets[keep], temperature=temperature)
+    close(entropies, -(everything.exp() * everything).sum(-1)[keep])
+    if temperature == 1.0:
+        total, _ = nll_sum(hidden, head, targets)
+        close(total, -want.sum())
+        for a, b in zip(*(torch.autograd.grad(v, (hidden, weight)) for v in (total, -want.sum()))):
+            close(a, b)
+        with torch.no_grad():
+            close(nll_sum(hidden, head, targets)[0], -want.sum())
+
+
+def test_a_soft_cap_and_label_smoothing_do_not_go_together():
+    hidden, weight, targets = problem((2, 3))
+    with pytest.raises(UserError, match="label smoothing"):
+        nll_sum(hidden, logprobs.SoftCappedHead(weight, 2.0), targets, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from zero2hero.config import DecoderConfig
-from zero2hero.errors import UserError
 from zero2hero.models.decoder import Block, Decoder, attention_options
 from zero2hero.nn.attention import Attention
 from zero2hero.nn.kv_cache import KVCache
+from zero2hero.nn.logprobs import Head, SoftCappedHead, softcap
 from zero2hero.nn.masks import Mask
 from zero2hero.nn.norms import OffsetRMSNorm, make_norm
 from zero2hero.nn.positions import Rotary
@@ -39,11 +39,6 @@ class GemmaConfig(DecoderConfig):
         config = super().derived()
         assert isinstance(config, GemmaConfig)
         return dataclasses.replace(config, query_pre_attn_scalar=self.query_pre_attn_scalar or config.head_dim)
-
-
-def softcap(x: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(x / cap)`: nearly x where it is small, never beyond the cap."""
-    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class GemmaAttention(Attention):
@@ -101,15 +96,10 @@ class Gemma(Decoder):
         return logits if self.classifies else softcap(logits, self.config.final_logit_softcapping)
 
     @property
-    def head_weight(self) -> Tensor:
-        """As `Decoder.head_weight`.
-
-        Raises:
-            UserError: the logits are soft-capped (Gemma 2): they are more than a product with a matrix.
-        """
-        if self.config.final_logit_softcapping is not None:
-            raise UserError("losses do not know soft-capped logits yet: Gemma 2 can be run here, but not trained")
-        return super().head_weight
+    def head_weight(self) -> Head:  # type: ignore[override]
+        """As `Decoder.head_weight`; with the cap of Gemma 2's logits."""
+        cap = self.config.final_logit_softcapping
+        return self.lm_head.weight if cap is None else SoftCappedHead(self.lm_head.weight, cap)
 
     def _embed(self, ids_BT: Tensor, positions: Tensor, end: int) -> Tensor:
         x = super()._embed(ids_BT, positions, end)

@@ -4,8 +4,8 @@ Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) treats a matrix as 
 U S V^T by U V^T, and reaches a given loss in roughly a third fewer steps than AdamW. The orthogonal factor comes from
 three odd polynomials of the matrix, products only, each the best after those before it (Amsel et al. 2025, Polar
 Express, arXiv 2505.16932). Matrices of one shape are orthogonalized as one batch, in the model's precision; in bf16 on
-a CPU, each in one core's cache (native/muon.c). Each update is scaled to the size that AdamW's would have (Liu et al. 2025, "Muon is scalable", arXiv 2502.16982), so that one
-learning rate and one weight decay serve both.
+a CPU, each in one core's cache (native/muon.c). Each update is scaled to the size that AdamW's would have (Liu et al.
+2025, "Muon is scalable", arXiv 2502.16982), so that one learning rate and one weight decay serve both.
 """
 
 from __future__ import annotations
