@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from zero2hero.config import TrainConfig, at_least, one_of
+from zero2hero.config import DecoderConfig, TokenizerConfig, TrainConfig, at_least, one_of
 from zero2hero.errors import UserError, did_you_mean
 from zero2hero.tuning_configs import TuneConfig, tuning_defaults
 
@@ -382,3 +382,47 @@ class DpoConfig(TuneConfig, PreferenceSettings):
         PreferenceSettings.__post_init__(self)
         at_least(self, 0, "num_samples")
         at_least(self, 1, "max_completion_length")
+
+
+def _cold_start_defaults() -> TrainConfig:
+    """Of a model that begins with nothing. One that knows something wants a twentieth of the learning rate."""
+    return TrainConfig(max_steps=250, learning_rate=0.01, per_device_train_batch_size=16, max_length=256)
+
+
+def _practice_defaults() -> TrainConfig:
+    return dataclasses.replace(
+        grpo_defaults(), max_steps=250, learning_rate=3e-4, per_device_train_batch_size=256, max_length=256
+    )
+
+
+@dataclass(frozen=True)
+class ReasonConfig(TuneConfig):
+    """`zero2hero reason`: questions with worked answers in, a model that thinks before it answers out."""
+
+    model: str = "new"
+    """The model to begin with: a run, a Hugging Face directory, or a hub id; new: a small one that knows nothing yet
+    (its `shape` and `tokenizer`)."""
+    data: str | list[str] = "sums:20000"
+    """Questions with worked answers in GSM8K's form: columns `question` and `answer`, which ends in "#### N"."""
+    output_dir: str = "runs/reason"
+    method: str = "full"
+    cold_start_examples: int = 20_000  # of the worked answers, so many are shown; of the others the number alone counts
+    reward_funcs: list[str] = field(default_factory=lambda: ["number", "think"])
+    """What says how good an answer is; the first of them says what is right. See align/rewards.py."""
+    reward_weights: list[float] = field(default_factory=lambda: [1.0, 0.1])
+    num_generations: int = 16  # answers to each question, which are compared with each other
+    beta: float = 0.0  # what one nat of KL to the model of the cold start costs
+    max_completion_length: int = 128  # tokens of an answer, thought included
+    eval_questions: int = 200  # of the held-out ones, measured before and after
+    eval_samples: int = 16  # attempts at each, for pass@k and maj@k
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=512, pattern="qwen2"))
+    """Of a new model. qwen2 cuts numbers into digits, which is how they are added."""
+    shape: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(hidden_size=128, num_attention_heads=4, qk_norm=True)
+    )
+    cold_start: TrainConfig = field(default_factory=_cold_start_defaults)
+    train: TrainConfig = field(default_factory=_practice_defaults)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "cold_start_examples", "eval_questions", "eval_samples", "max_completion_length")

@@ -196,6 +196,17 @@ VERBS = {
             "--train.learning_rate 1e-5",
         ),
     ),
+    "reason": Verb(
+        "Teach a model to think before it answers: worked examples, then practice with a verifier; measured by pass@k.",
+        "zero2hero.alignment_configs:ReasonConfig",
+        "zero2hero.reason:reason",
+        (
+            "zero2hero reason",
+            "zero2hero reason --data gsm8k.jsonl --model Qwen/Qwen3-0.6B --method lora --output_dir runs/thinker "
+            "--cold_start.learning_rate 2e-4",
+            "zero2hero reason --eval_samples 64 --train.max_steps 1000",
+        ),
+    ),
     "generate": Verb(
         "Let a model continue a text.",
         "zero2hero.options:GenerateConfig",

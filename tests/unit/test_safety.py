@@ -122,7 +122,7 @@ FLOORS = [
     {"hub"},
     {"serve"},
     {"studio", "learn"},
-    {"quickstart"},
+    {"quickstart", "reason"},
     {"cli", "__main__"},
 ]
 # What a verb runs lives beside what it is about, and is called by the command line alone: it stands just below it.
