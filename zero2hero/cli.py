@@ -187,7 +187,7 @@ VERBS = {
         "zero2hero.alignment_configs:GrpoConfig",
         "zero2hero.align.grpo:grpo",
         (
-            "zero2hero grpo --model runs/quickstart_chat --data sums:2000 --max_completion_length 64",
+            "zero2hero grpo --model runs/quickstart_chat --method full --data sums:2000 --max_completion_length 64",
             "zero2hero grpo --model runs/mine --data prompts.jsonl --reward_funcs '[number, rewards.py:short]' "
             "--reward_weights '[1, 0.1]' --beta 0.04",
             "zero2hero grpo --model runs/mine --data prompts.jsonl --reward_funcs '[runs/reward]' "
