@@ -23,6 +23,7 @@ from zero2hero.config import DecoderConfig, TrainConfig
 from zero2hero.errors import UserError
 from zero2hero.models import Decoder, init_weights
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.train.activation_checkpointing import checkpoint_blocks
 from zero2hero.train.pretrain import fit_shape
 from zero2hero.train.tracking import read_metrics
 from zero2hero.tune import LoraConfig
@@ -235,6 +236,34 @@ def test_all_logits_are_never_made_with_a_vocabulary_of_128k():
         practice.objective(model, training_batch(rollout, range(samples), **columns)).sum.backward()
     whole = samples * tokens * vocabulary
     assert largest.numel <= 512 * vocabulary == whole / 3  # a chunk of the head's products
+
+
+def test_activations_that_are_computed_once_more_are_without_dropout_too():
+    shape = DecoderConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        dropout=0.5,
+    )
+    rollout = Rollout(
+        [[1, 2]] * 2, [[3, 4, 5], [6, 7]], [[-3.0] * 3, [-3.0] * 2], [[True] * 3, [True] * 2], ["stop"] * 2, [""] * 2
+    )
+    batch = training_batch(rollout, range(2), behaviour=rollout.logprobs_NC, advantages=torch.tensor([1.0, -1.0]))
+    config = GrpoConfig(model="none", loss_type="grpo", epsilon=100.0, train=TRAIN)
+    practice = Practice(config, [], SimpleNamespace(exact=True), load_rewards("number"))  # type: ignore[arg-type]
+    gradients = []
+    for again in (False, True):
+        model = Decoder(shape)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        (checkpoint_blocks(model) if again else model).train()  # as the loop does before each step
+        practice.objective(model, batch).sum.backward()
+        gradients.append(model.embed_tokens.weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0
 
 
 def test_from_the_command_line(config, capsys):

@@ -53,7 +53,6 @@ from zero2hero.align.rollout import PolicyBatch, Rollout, RolloutData, Sampler, 
 from zero2hero.alignment_configs import GrpoConfig
 from zero2hero.errors import UserError
 from zero2hero.fetch import find_folder
-from zero2hero.generate.reader import evaluating
 from zero2hero.language_model import LanguageModel, load
 from zero2hero.models.checkpoint import read_json
 from zero2hero.nn.logprobs import logprobs_and_entropies
@@ -202,13 +201,16 @@ class Practice(Watcher):
     # --- the objective --------------------------------------------------------------------------------------------
 
     def objective(self, model: nn.Module, batch: PolicyBatch) -> Loss:
-        """The policy's loss on a micro-batch. Dropout is off: with it the policy would not be the one that wrote."""
+        """The policy's loss on a micro-batch.
+
+        Dropout is off, for with it the policy would not be the one that wrote: also in the backward pass, where
+        activations may be computed once more.
+        """
         c, columns = self.config, batch.columns
-        with evaluating(model):
-            hidden_KD, targets_K = chosen_states(model, batch)
-            logprobs_K, entropies_K = logprobs_and_entropies(
-                hidden_KD, model.head_weight, targets_K, temperature=c.temperature  # type: ignore[arg-type]
-            )  # fmt: skip
+        model.eval()
+        hidden_KD, targets_K = chosen_states(model, batch)
+        head: Any = model.head_weight
+        logprobs_K, entropies_K = logprobs_and_entropies(hidden_KD, head, targets_K, temperature=c.temperature)
         now_K, behaviour_K = logprobs_K.detach(), columns["behaviour"]
         old_K = behaviour_K if self.exact else columns.get("old", now_K)
         correction_K = None if self.exact else (old_K - behaviour_K).exp().clamp(max=c.importance_sampling_clip_max)
