@@ -135,12 +135,12 @@ def ppo_loss(model: nn.Module, batch: PolicyBatch, config: PpoConfig) -> Loss:
 
     `batch.columns`: old, advantages, values and returns; behaviour where that is not the old policy's.
     """
-    with evaluating(model):  # with dropout the policy that learns would not be the one that wrote
-        hidden_KD, targets_K = chosen_states(model, batch)
-        logprobs_K, entropies_K = logprobs_and_entropies(
-            hidden_KD, model.head_weight, targets_K, temperature=config.temperature  # type: ignore[arg-type]
-        )  # fmt: skip
-        values_K = model.value_head(hidden_KD)  # type: ignore[operator]
+    model.eval()  # with dropout the policy that learns would not be the one that wrote; the backward pass too
+    hidden_KD, targets_K = chosen_states(model, batch)
+    logprobs_K, entropies_K = logprobs_and_entropies(
+        hidden_KD, model.head_weight, targets_K, temperature=config.temperature  # type: ignore[arg-type]
+    )  # fmt: skip
+    values_K = model.value_head(hidden_KD)  # type: ignore[operator]
     columns, now_K = batch.columns, logprobs_K.detach()
     correction_K = None
     if "behaviour" in columns:
