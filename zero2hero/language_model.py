@@ -30,10 +30,11 @@ from zero2hero.generate.decode import events
 from zero2hero.generate.sampling import SamplingConfig
 from zero2hero.io import atomic_write, fsync_path, saving
 from zero2hero.models.checkpoint import from_pretrained, read_json, remove_other_weights, save_pretrained
-from zero2hero.models.decoder import Decoder, DecoderConfig
+from zero2hero.models.decoder import Decoder, DecoderConfig, scoring
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.chat import Message, is_conversation
 from zero2hero.tune import adapted_modules, base_folder, is_adapter, load_adapter
+from zero2hero.tune.interchange import CONFIG
 
 if TYPE_CHECKING:
     from zero2hero.data.images import ImageProcessor
@@ -307,6 +308,9 @@ def load_parts(path_or_id: str | Path, device: str | torch.device, dtype: torch.
         return Parts(directory, from_pretrained(directory, dtype=dtype, device=chosen))
     base = base_folder(directory)
     model = from_pretrained(base, dtype=dtype, device=chosen)
+    scores = read_json(directory / CONFIG).get("task_type") == "SEQ_CLS"
+    if scores and isinstance(model, Decoder) and not model.classifies:  # the adapter brings the head
+        model = scoring(model, model.config.pad_token_id).eval()
     return Parts(base, load_adapter(model, directory), directory)
 
 

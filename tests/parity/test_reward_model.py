@@ -11,6 +11,7 @@ import torch
 import zero2hero as z2h
 from zero2hero.align.reward_model import load_reward_model, reward_function, scores, scores_of_ids, with_score_head
 from zero2hero.errors import UserError
+from zero2hero.language_model import load_parts
 from zero2hero.models import from_pretrained, save_pretrained
 from zero2hero.tokenizer import Tokenizer
 
@@ -186,3 +187,22 @@ def test_other_models_are_refused(saved, tmp_path):
     theirs_of("qwen3", labels=3).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="with 3 labels"):
         load_reward_model(tmp_path)
+
+
+def test_an_adapter_that_scores_opens_with_its_language_model(tmp_path):
+    """What RewardTrainer leaves with a peft_config: the base is a language model, the head is in the adapter."""
+    peft = pytest.importorskip("peft")
+    config = transformers.LlamaConfig(**SHAPE)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    theirs = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or "score" in name:
+                parameter.normal_(0, 0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_parts(tmp_path / "adapter", "cpu", None).model
+    texts = ragged()
+    want = their_scores(theirs, texts)[:, 0]
+    assert want.std() > 0.1
+    assert (scores_of_ids(ours, texts) - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)

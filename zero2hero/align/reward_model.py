@@ -17,7 +17,6 @@ N texts, T tokens, D width.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zero2hero.data.conversations import Turns
 from zero2hero.data.pairs import padded
 from zero2hero.errors import UserError
 from zero2hero.generate.reader import evaluating
 from zero2hero.language_model import load_parts
-from zero2hero.models.decoder import Decoder, init_parameters
+from zero2hero.models.decoder import Decoder, scoring
 from zero2hero.models.heads import last_states
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.chat import is_conversation
@@ -51,15 +50,7 @@ def with_score_head(model: Decoder, tokenizer: Tokenizer | None = None, seed: in
     pad = tokenizer.pad_token_id if tokenizer else config.pad_token_id
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [*ends, tokenizer.eos_token_id] if tokenizer else ends
-    like = model.lm_head.weight
-    del model.lm_head
-    model.config = dataclasses.replace(
-        config, task="sequence_classification", id2label={0: "LABEL_0"}, pad_token_id=None if pad in ends else pad,
-        extra=config.extra | {"problem_type": "regression"},
-    )  # fmt: skip
-    model.score = nn.Linear(config.hidden_size, 1, bias=False, device=like.device, dtype=like.dtype)
-    init_parameters([("score.weight", model.score.weight)], config.initializer_range, seed)
-    return model
+    return scoring(model, None if pad in ends else pad, seed)
 
 
 def load_reward_model(

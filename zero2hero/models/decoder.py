@@ -20,6 +20,7 @@ B batch, T time, D width, H heads, G key/value heads, K head width, V vocabulary
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -212,6 +213,19 @@ class Decoder(nn.Module):
 
         made = {window: make(window) for window in set(self.config.windows)}
         return [made[window] for window in self.config.windows], slots
+
+
+def scoring(model: Decoder, pad_token_id: int | None = None, seed: int = 0) -> Decoder:
+    """Turn a language model into one that gives texts one score, in place: the head is new, all else is kept."""
+    like = model.lm_head.weight
+    del model.lm_head
+    model.config = dataclasses.replace(
+        model.config, task="sequence_classification", id2label={0: "LABEL_0"}, pad_token_id=pad_token_id,
+        extra=model.config.extra | {"problem_type": "regression"},
+    )  # fmt: skip
+    model.score = nn.Linear(model.config.hidden_size, 1, bias=False, device=like.device, dtype=like.dtype)
+    init_parameters([("score.weight", model.score.weight)], model.config.initializer_range, seed)
+    return model
 
 
 def init_weights(model: nn.Module, seed: int = 0) -> None:
