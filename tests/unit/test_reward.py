@@ -15,10 +15,10 @@ from zero2hero.alignment_configs import RewardConfig, reward_defaults
 from zero2hero.config import DecoderConfig, from_dict
 from zero2hero.data.conversations import read_records, recognize
 from zero2hero.errors import UserError
-from zero2hero.evaluate.intervals import wilson
 from zero2hero.language_model import LanguageModel, save
 from zero2hero.models import Decoder, init_weights
 from zero2hero.tokenizer import Tokenizer
+from zero2hero.train.intervals import wilson
 from zero2hero.train.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

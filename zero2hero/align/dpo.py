@@ -29,12 +29,12 @@ from zero2hero.align.rollout import Rollout, Sampler, rollout_logprobs
 from zero2hero.alignment_configs import UNPAIRED, DpoConfig
 from zero2hero.data.labelled import RowsByLength
 from zero2hero.data.worlds import preferences
-from zero2hero.evaluate.intervals import wilson
 from zero2hero.fetch import find_folder
 from zero2hero.language_model import LanguageModel, load
 from zero2hero.progress import human_count, track
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.templates import set_chat_template
+from zero2hero.train.intervals import wilson
 from zero2hero.train.objectives import Loss
 from zero2hero.train.run import Place, Sample, Task, micro_batches, run, steps_of
 from zero2hero.train.sft import adapt, base_model, planned_memory, save_tuned, split_records

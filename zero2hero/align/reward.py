@@ -33,12 +33,12 @@ from zero2hero.data.conversations import Record
 from zero2hero.data.labelled import RowsByLength
 from zero2hero.data.pairs import moved, padded
 from zero2hero.errors import UserError
-from zero2hero.evaluate.intervals import wilson
 from zero2hero.fetch import find_folder
 from zero2hero.generate.reader import evaluating
 from zero2hero.io import atomic_write
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.templates import set_chat_template
+from zero2hero.train.intervals import wilson
 from zero2hero.train.objectives import Loss
 from zero2hero.train.run import Place, Task, micro_batches, steps_of, training
 from zero2hero.train.sft import base_model, split_records
