@@ -204,6 +204,45 @@ def reliability_figure(found: Mapping[str, Any], rows: Rows, config: Mapping[str
     return figure
 
 
+def overoptimization_figure(
+    found: Mapping[str, Any], rows: Rows, config: Mapping[str, Any], theme: Theme
+) -> Figure | None:
+    """A proxy's reward and the true one over the square root of KL, as in Gao et al. 2022 (arXiv 2210.10760).
+
+    `found` is what align/overoptimization.py writes. Solid: the policy that learned; dashed: best of n samples.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.0), layout="constrained")
+    axes = figure.subplots()
+    labels: list[tuple[float, str, str]] = []
+    for name, words, colour in (("proxy", "the proxy", theme.train), ("gold", "the truth", theme.evaluation)):
+        kl = np.array([max(0.0, point["kl"]) for point in found["rl"]])
+        reward, order = np.array([point[name] for point in found["rl"]]), np.argsort(kl)
+        axes.plot(np.sqrt(kl), reward, ".", color=colour, alpha=0.4, markersize=5)
+        axes.plot(np.sqrt(kl)[order], smoothed(reward[order], 0.04), color=colour, linewidth=2.2)
+        labels.append((float(smoothed(reward[order], 0.04)[-1]), words, colour))
+        best = found["best_of_n"]
+        axes.plot([math.sqrt(p["kl"]) for p in best], [p[name] for p in best], color=colour, linestyle=(0, (3, 2)))
+    peak = math.sqrt(max(0.0, found["peak"]["kl"]))
+    axes.axvline(peak, color=theme.quiet, linewidth=1, linestyle=(0, (5, 4)))
+    axes.axhline(0, color=theme.quiet, linewidth=0.8)
+    top = max(p["kl"] for p in found["rl"])
+    axes.set_xlim(0, math.sqrt(top))
+    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50, 1e9) if top < 12 * step)
+    ticks = [0, *(step * k for k in (0.25, 1, 2, 4, 6, 8, 10, 12, 16) if step * k <= top)]
+    axes.set_xticks([math.sqrt(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("KL from the reference, nats per completion (square root scale)")
+    axes.annotate(
+        f"the truth is best at {found['peak']['kl']:.1f} nats", (peak, 0.02), xycoords=("data", "axes fraction"),
+        xytext=(6, 0), textcoords="offset points", color=theme.quiet, fontsize=9,
+    )  # fmt: skip
+    _label_ends(axes, labels)
+    _title(axes, "Reward, in standard deviations of the reference's samples  (dashed: best of n)", theme)
+    _dress(axes, theme)
+    return figure
+
+
 def small_figure(
     title: str,
     curves: Mapping[str, tuple[Floats, Floats]],

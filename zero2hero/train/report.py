@@ -367,11 +367,29 @@ def machine(run: Run) -> Section | None:
     return Section("Machine", f'<div class="tables">{_table("", found)}</div>') if found else None
 
 
+def overoptimization(run: Run) -> Section | None:
+    """Where a proxy and what was meant by it part; overoptimization.json is written by align/overoptimization.py."""
+    found = _read_mapping(run.path / "overoptimization.json", json.loads)
+    if not found:
+        return None
+    peak, last = found["peak"], found["rl"][-1]
+    words = (
+        f"<p>The policy earned the reward of a proxy, a model of {found['votes']} votes. The true reward rose with it "
+        f"to {peak['gold']:.2f} standard deviations at {peak['kl']:.1f} nats of KL, and then fell to {last['gold']:.2f} "
+        f"at {last['kl']:.1f} nats, while the proxy went on from {peak['proxy']:.2f} to {last['proxy']:.2f}.</p>"
+    )
+    with contextlib.suppress(ImportError):
+        draw = functools.partial(plots.overoptimization_figure, found)
+        words += pictures(run, {"overoptimization": draw})
+    return Section("Over-optimization", words)
+
+
 # the body of the page, in order; a builder returns None when the run has nothing to show in it
 SECTIONS: list[Callable[[Run], Section | None]] = [
     curves,
     attempts,
     preferences,
+    overoptimization,
     health,
     seen,
     confusion,
