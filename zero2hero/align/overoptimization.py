@@ -44,7 +44,8 @@ from zero2hero.train.tracking import read_metrics
 
 LETTERS, LENGTH = 8, 16  # of the language; of a text
 LIKED = {"a": 4.0, "d": 5.0}  # so many of each are best; the reference writes about 2 and 3
-WIDTH = 3.0  # so far from that, a letter is worth nothing any more
+WIDTH = 2.5  # so far from that, a letter is worth nothing any more
+STRENGTH = 1.0  # how far a difference in taste decides a vote
 FILE = "overoptimization.json"
 
 
@@ -57,15 +58,15 @@ def taste(completions: Sequence[str]) -> list[float]:
 class Size:
     """How much of everything there is. The default shows it well; `SMALL` shows it in half a minute."""
 
-    language_steps: int = 300
+    language_steps: int = 120
     votes: int = 400
     reward_epochs: float = 3.0
-    rollouts: int = 60
+    rollouts: int = 25
     samples: int = 128  # a rollout
     best_of: int = 64
 
 
-SMALL = Size(language_steps=120, votes=300, rollouts=24, samples=64, best_of=16)
+SMALL = Size(rollouts=22, samples=64, best_of=16)
 
 
 def demonstrate(output_dir: str | Path, size: Size = Size(), seed: int = 0) -> dict[str, Any]:
@@ -130,9 +131,9 @@ def _votes(path: Path, lm: LanguageModel, size: Size, seed: int) -> Path:
     for letter, texts in zip(letters, _samples(lm, 2 * -(-size.votes // LETTERS), seed + 1), strict=True):
         for one, other in zip(texts[::2], texts[1::2], strict=True):
             first, second = taste([one, other])
-            right = rng.random() < 1 / (1 + math.exp(second - first))
+            right = rng.random() < 1 / (1 + math.exp(STRENGTH * (second - first)))
             chosen, rejected = (one, other) if right else (other, one)
-            if one != other:
+            if one and other and one != other:
                 rows.append({"prompt": letter, "chosen": chosen, "rejected": rejected, "rater": "simulated"})
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     atomic_write(path.with_name("prompts.jsonl"), "".join(json.dumps({"prompt": c}) + "\n" for c in letters))
@@ -142,7 +143,7 @@ def _votes(path: Path, lm: LanguageModel, size: Size, seed: int) -> Path:
 def _proxy(folder: Path, language: Path, votes: Path, size: Size, seed: int) -> Path:
     """The reward model that learned from the votes."""
     train = dataclasses.replace(
-        online_defaults(), learning_rate=1e-3, lr_scheduler_type="linear", num_train_epochs=size.reward_epochs,
+        online_defaults(), learning_rate=3e-3, lr_scheduler_type="linear", num_train_epochs=size.reward_epochs,
         max_length=32, seed=seed,
     )  # fmt: skip
     reward(
@@ -157,7 +158,7 @@ def _proxy(folder: Path, language: Path, votes: Path, size: Size, seed: int) -> 
 def _policy(folder: Path, language: Path, proxy: Path, size: Size, seed: int) -> list[tuple[float, dict[str, float]]]:
     """PPO for the proxy's reward, with the truth looked at alone; (KL, both rewards) of each rollout."""
     train = dataclasses.replace(
-        online_defaults(), learning_rate=4e-4, per_device_train_batch_size=size.samples, max_steps=2 * size.rollouts,
+        online_defaults(), learning_rate=1e-4, per_device_train_batch_size=size.samples, max_steps=2 * size.rollouts,
         seed=seed,
     )  # fmt: skip
     prompts = proxy.with_name("prompts.jsonl")

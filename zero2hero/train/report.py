@@ -375,8 +375,9 @@ def overoptimization(run: Run) -> Section | None:
     peak, last = found["peak"], found["rl"][-1]
     words = (
         f"<p>The policy earned the reward of a proxy, a model of {found['votes']} votes. The true reward rose with it "
-        f"to {peak['gold']:.2f} standard deviations at {peak['kl']:.1f} nats of KL, and then fell to {last['gold']:.2f} "
-        f"at {last['kl']:.1f} nats, while the proxy went on from {peak['proxy']:.2f} to {last['proxy']:.2f}.</p>"
+        f"to {peak['gold']:.2f} standard deviations at {peak['kl']:.1f} nats of KL, and then fell to "
+        f"{last['gold']:.2f} at {last['kl']:.1f} nats, while the proxy went on from {peak['proxy']:.2f} to "
+        f"{last['proxy']:.2f}.</p>"
     )
     with contextlib.suppress(ImportError):
         draw = functools.partial(plots.overoptimization_figure, found)
