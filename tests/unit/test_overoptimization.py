@@ -35,6 +35,7 @@ def test_best_of_n_equals_drawing_it():
     assert points[2]["proxy"] == pytest.approx(np.mean(drawn), abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_proxy_rises_while_the_truth_falls(tmp_path):
     found = demonstrate(tmp_path, SMALL)
     rl, peak = found["rl"], found["peak"]

@@ -274,8 +274,9 @@ def test_rewards_that_are_no_rewards_are_named(config, rewards, reward, words):
 def test_a_reward_that_fails_later_loses_nothing(config, rewards):
     broken = dataclasses.replace(config, reward_funcs=[f"{rewards}:later_raises"], train=dataclasses.replace(
         TRAIN, eval_steps=1000, save_steps=1000))  # fmt: skip
-    with pytest.raises(UserError, match=r"later_raises raised ZeroDivisionError: no more .*\n?.*"):
+    with pytest.raises(UserError, match=r"later_raises raised ZeroDivisionError: no more"):
         ppo(broken)
+    assert (Path(config.output_dir) / "checkpoints" / "step-000004").is_dir()  # after the first rollout
 
 
 def test_the_command_line(config, base, prompts, rewards, tmp_path, capsys):
