@@ -24,8 +24,6 @@ class PlanLearningRateConfig(PretrainConfig):
         at_least(self, 10, "steps")
         if not 0 < self.min_learning_rate < self.max_learning_rate < math.inf:
             raise UserError("min_learning_rate must be above 0 and below max_learning_rate")
-        if self.streaming:
-            raise UserError("plan lr reads text that it stores: leave out --streaming and give it a part of the data")
         if self.train.learning_rate == 0:
             raise UserError("train.learning_rate 0 trains nothing, so there is nothing to plan")
 

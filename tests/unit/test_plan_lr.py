@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 
@@ -63,6 +65,15 @@ def test_a_real_trial(small, capsys, tmp_path):
     assert learning_rate.run(small) == found
 
 
+def test_a_trial_on_a_stream(small, tmp_path):
+    records = [json.dumps({"text": f"{i} and {i + 1} make {2 * i + 1}."}) for i in range(400)]
+    (tmp_path / "text.jsonl").write_text("\n".join(records))
+    streamed = dataclasses.replace(small, data="text.jsonl", streaming=True)
+    found = learning_rate.run(streamed)
+    assert 1e-4 < found < 0.2
+    assert "--streaming True" in command(streamed, found)
+
+
 def test_the_command_to_type_next_is_the_planned_run(small):
     words = command(small, 0.004)
     assert words.startswith("zero2hero pretrain ")
@@ -79,7 +90,7 @@ def test_the_command_to_type_next_is_the_planned_run(small):
     [
         ("--steps 3", "steps"),
         ("--min_learning_rate 2", "min_learning_rate"),
-        ("--streaming", "streaming"),
+        ("--streaming", "max_steps"),
         ("--train.optim nadam", "train.optim|optim"),
     ],
 )

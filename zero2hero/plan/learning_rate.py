@@ -21,6 +21,7 @@ import numpy as np
 from zero2hero.config import PretrainConfig, differences, to_dict
 from zero2hero.data.cache import split_documents, tokenize_to_cache
 from zero2hero.data.sources import open_source
+from zero2hero.data.streaming import Stream
 from zero2hero.device import pick_device
 from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
@@ -30,7 +31,7 @@ from zero2hero.progress import track
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import Loss, causal_lm
 from zero2hero.train.plots import smoothed
-from zero2hero.train.pretrain import causal_data, fit_shape, get_tokenizer
+from zero2hero.train.pretrain import causal_data, fit_shape, get_tokenizer, streamed_data
 from zero2hero.train.run import choose_precision
 from zero2hero.train.watch import Watcher
 
@@ -60,10 +61,16 @@ def _short_run(config: PlanLearningRateConfig) -> tuple[Decoder, Any, Any]:
     source = open_source(config.data, text_column=config.text_column, on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
                          seed=config.train.seed)  # fmt: skip
     tokenizer = get_tokenizer(config, source)
-    training, _ = split_documents(tokenize_to_cache(source, tokenizer), config.validation_fraction, config.train.seed)
     model = Decoder(fit_shape(config.model, tokenizer))
     init_weights(model, config.train.seed)
-    _, data = causal_data(training, dataclasses.replace(config.train, max_steps=config.steps), device)
+    train, held_out = dataclasses.replace(config.train, max_steps=config.steps), config.validation_fraction
+    data: Any
+    if config.streaming:
+        skip = config.on_bad_record == "skip"
+        _, data = streamed_data(Stream(source, tokenizer, held_out, train.seed, skip=skip), train, device)
+    else:
+        training, _ = split_documents(tokenize_to_cache(source, tokenizer), held_out, train.seed)
+        _, data = causal_data(training, train, device)
     return model.to(device), data, dtype
 
 

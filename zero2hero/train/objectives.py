@@ -53,7 +53,11 @@ def causal_lm(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Los
 def with_balanced_experts(objective: Objective, top_k: int, coefficient: float) -> Objective:
     """`objective` plus `coefficient` times the load-balancing loss of a mixture of experts (see nn/moe.py).
 
-    The balance is that of each micro-batch, so the same step in other micro-batches is here a slightly different one.
+    The balance is that of each micro-batch on each rank, as in transformers, and it alone makes the same step in other
+    micro-batches a slightly different one: it is a product of two means, the experts' shares of the choices and their
+    probabilities, and a product of means is no sum over parts. To have it of the whole step, every share must be
+    known before the first gradient, which is a second forward pass over all of the step. The effect is `coefficient`,
+    a thousandth by default, times how far the shares of a micro-batch are from those of the step.
     """
 
     def balanced(model: nn.Module, batch: Any) -> Loss:
