@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeing import padded, randomize, reread, same, same_config, there_and_back
 from test_images import picture
-from test_vision import padded, randomize, reread, same, same_config, there_and_back
 
 from zero2hero.config import DecoderConfig
 from zero2hero.data.tiles import TilingProcessor
