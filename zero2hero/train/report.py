@@ -128,6 +128,8 @@ def outcome(run: Run) -> str:
         return "No loss has been recorded yet."
     if not math.isfinite(loss):
         return f"The run diverged: its last {name} is {loss}. A lower learning rate or a longer warmup may help."
+    if earned := run.values("eval_reward"):
+        return f"<strong>Reward of held-out prompts {earned[-1]:.3f}</strong>, {earned[0]:.3f} before."
     if (accuracy := run.last("eval_accuracy")) is not None:
         return f"<strong>Held-out accuracy {accuracy:.1%}</strong>, at a {name} of {loss:.3f} {run.units.of_loss}."
     if (accuracy := run.last("eval_rewards/accuracies")) is not None:
