@@ -152,7 +152,8 @@ def native_library(name: str, *flags: str) -> ctypes.CDLL:
         subprocess.SubprocessError: the compiler failed.
     """
     source = Path(__file__).parent / "native" / f"{name}.c"
-    key = [*flags, source.read_text(), *sorted(_processor_features())]
+    sources = [file.read_text() for file in sorted(source.parent.glob("*.c"))]  # some include others
+    key = [*flags, *sources, *sorted(_processor_features())]
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{name}-{digest}.so"
     if not path.exists():

@@ -64,6 +64,8 @@ class GenerateConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str | None = None  # fp32 or bf16; as stored by default
+    load_in_8bit: bool = False  # the layers' matrices in int8, which a CPU reads fastest; the rest in dtype
+    load_in_4bit: bool = False  # or in NF4, which needs least memory
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class ChatConfig:
     seed: int | None = None  # the same seed gives the same answers; by default new ones each time
     device: str = "auto"
     dtype: str | None = None  # fp32 or bf16; as stored by default
+    load_in_8bit: bool = False  # the layers' matrices in int8, which a CPU reads fastest; the rest in dtype
+    load_in_4bit: bool = False  # or in NF4, which needs least memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class ServeConfig:
     metrics: bool = False  # counts in Prometheus' format at /metrics
     device: str = "auto"
     dtype: str | None = None  # fp32 or bf16; as stored by default
+    load_in_8bit: bool = False  # the layers' matrices in int8, which a CPU reads fastest; the rest in dtype
+    load_in_4bit: bool = False  # or in NF4, which needs least memory
 
     def __post_init__(self) -> None:
         at_least(self, 0, "port")

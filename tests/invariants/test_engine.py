@@ -13,10 +13,13 @@ from test_generation import SHAPES, greedy_without_cache, ragged_prompts, random
 from zero2hero.errors import UserError
 from zero2hero.generate.engine import Engine, QueueFull, Request, SamplingParams
 from zero2hero.generate.native_reader import NativeReader
+from zero2hero.generate.pages import Pages
+from zero2hero.generate.reader import Piece
 from zero2hero.generate.speculative import DraftModel, PromptLookup
 from zero2hero.language_model import LanguageModel
+from zero2hero.nn.quantized import Linear8bit
 from zero2hero.tokenizer import Tokenizer
-from zero2hero.tune import LoraConfig, add_lora, set_adapter
+from zero2hero.tune import LoraConfig, add_lora, quantize_int8, set_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,8 +377,10 @@ def test_lookup_gives_up_where_nothing_repeats(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_native_reader_gives_the_same_bits_in_any_batch(dtype, tokenizer, bf16):
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_native_reader_gives_the_same_bits_in_any_batch(dtype, int8, tokenizer, bf16):
     model = random_model(hidden_size=40, intermediate_size=88, num_hidden_layers=3, sliding_window=20).to(dtype)
+    model = quantize_int8(model) if int8 else model
     if not NativeReader.fits(model):
         pytest.skip("no C compiler")
     requests = [Request(p, settings(i, max_new_tokens=20)) for i, p in enumerate(ragged_prompts(9, seed=8))]
@@ -384,6 +389,31 @@ def test_the_native_reader_gives_the_same_bits_in_any_batch(dtype, tokenizer, bf
         alone = engine_of(model, tokenizer, prefill_chunk=3).run([request])[0]
         assert alone.output_ids == sequence.output_ids
         assert alone.behaviour_logprobs == sequence.behaviour_logprobs  # to the bit
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """To one in 127 of the largest of 64 numbers."""
+    groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    shares = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((groups / shares).round() * shares).flatten(-2)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("shape", ["llama", "window"])
+@pytest.mark.parametrize("count", [5, 40])  # of tokens at once, which take two ways
+def test_the_native_reader_in_int8_rounds_what_is_multiplied_too(shape, count, monkeypatch):
+    model = quantize_int8(random_model(**SHAPES[shape], hidden_size=72, intermediate_size=200, head_dim=24))
+    if not NativeReader.fits(model):
+        pytest.skip("no C compiler")
+    ids, pages = (ragged_prompts(6, seed=3)[0] * 40)[:count], Pages(model, 64)
+    forward = Linear8bit.forward
+    exact = model.logits(model(torch.tensor([ids]))[0])
+    monkeypatch.setattr(Linear8bit, "forward", lambda self, x: forward(self, rounded(x)))
+    with torch.inference_mode():
+        expected = model.logits(model(torch.tensor([ids]))[0])
+    got = NativeReader(model, pages)([Piece(ids, 0, pages.take(3), len(ids))])
+    error = (got - expected).norm() / expected.norm()
+    assert error < 0.01  # where sums differ in the last place, a number may be rounded the other way
+    assert error < 0.5 * (exact - expected).norm() / expected.norm()
 
 
 def test_adapters_in_one_batch(tokenizer):

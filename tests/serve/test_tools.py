@@ -83,13 +83,64 @@ def test_a_model_that_may_choose_can_answer_in_words(client):
 
 def test_a_model_that_begins_a_call_must_finish_it(client, served):
     begin = served.lm.tokenizer.token_to_id(TOOL_CALL)
-    [choice] = ask(client, tools=TOOLS[:1], logit_bias={str(begin): 100}).choices
+    [choice] = ask(client, tools=TOOLS[:1], logit_bias={str(begin): 100}, parallel_tool_calls=False).choices
     assert choice.message.content is None
     assert choice.finish_reason == "tool_calls"
     check(choice.message.tool_calls[0])
     answer = ask(client, tools=TOOLS, logit_bias={str(begin): 100}, max_completion_tokens=3)
     assert answer.choices[0].finish_reason == "length"  # in the middle of the call
     assert answer.usage.completion_tokens == 3
+
+
+def test_one_answer_may_hold_several_calls(client, served):
+    begin = served.lm.tokenizer.token_to_id(TOOL_CALL)
+    settings = {"tools": TOOLS[:1], "logit_bias": {str(begin): 100}, "max_completion_tokens": 800}
+    answer = ask(client, **settings)
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    calls = choice.message.tool_calls
+    assert len(calls) == 16  # this model would go on for ever
+    assert len({call.id for call in calls}) == 16
+    for call in calls:
+        check(call)
+    found: dict[int, list] = {}
+    for chunk in ask(client, stream=True, **settings):
+        for piece in chunk.choices[0].delta.tool_calls or []:
+            found.setdefault(piece.index, []).append(piece)
+    assert list(found) == list(range(16))
+    for call, (first, *rest) in zip(calls, found.values(), strict=True):
+        assert first.id.startswith("call_")
+        assert all(piece.id is None for piece in rest)
+        assert first.function.name == call.function.name
+        assert "".join(piece.function.arguments for piece in rest) == call.function.arguments
+    with client.chat.completions.stream(
+        model="tiny", messages=MESSAGES, temperature=1, seed=4, extra_body=settings
+    ) as stream:  # the client's own way to put deltas together
+        final = stream.get_final_completion().choices[0].message
+    assert [c.function.arguments for c in final.tool_calls] == [c.function.arguments for c in calls]
+
+
+def test_a_further_call_is_the_models_choice(client, served):
+    """Where it writes anything else, the answer ends, and what it wrote is not shown; a named tool is called once."""
+    assert len(ask(client, tools=TOOLS[:1], tool_choice="required").choices[0].message.tool_calls) == 1
+    begin = str(served.lm.tokenizer.token_to_id(TOOL_CALL))
+    for more in ({"parallel_tool_calls": False}, {"tool_choice": named("get_weather")}):
+        [choice] = ask(client, tools=TOOLS[:1], logit_bias={begin: 100}, **more).choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        assert len(choice.message.tool_calls) == 1
+
+
+def test_a_further_call_that_is_cut_off_says_so(client, served):
+    begin = str(served.lm.tokenizer.token_to_id(TOOL_CALL))
+    settings = {"tools": TOOLS[:1], "logit_bias": {begin: 100}}
+    one = ask(client, parallel_tool_calls=False, **settings).usage.completion_tokens
+    [choice] = ask(client, max_completion_tokens=one + 3, **settings).choices
+    assert choice.finish_reason == "length"
+    check(choice.message.tool_calls[0])
+    [choice] = ask(client, max_completion_tokens=one, **settings).choices  # nothing left to begin another with
+    assert choice.finish_reason == "tool_calls"
+    assert len(choice.message.tool_calls) == 1
 
 
 def test_a_result_is_read(client):

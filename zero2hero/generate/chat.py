@@ -90,7 +90,9 @@ def run(config: ChatConfig) -> None:
     from zero2hero import machine
 
     machine.prepare()
-    lm = load(config.model, device=config.device, dtype=config.dtype)
+    lm = load(
+        config.model, config.device, config.dtype, load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit
+    )
     if config.adapter is not None:
         from zero2hero.tune import load_adapter
 

@@ -11,7 +11,9 @@ def run(config: GenerateConfig) -> None:
     from zero2hero import machine
 
     machine.prepare()
-    lm = load(config.model, device=config.device, dtype=config.dtype)
+    lm = load(
+        config.model, config.device, config.dtype, load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit
+    )
     settings = {
         name: getattr(config, name)
         for name in (

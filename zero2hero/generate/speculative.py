@@ -41,16 +41,18 @@ class _Known:
     def __init__(self) -> None:
         self.places: dict[tuple[int, ...], int] = {}
         self.indexed = self.wait = self.failures = 0
+        self.size = 4  # of the next guess
 
 
 class PromptLookup:
     """Guess what followed the last `max_ngram` (or fewer, at least `min_ngram`) tokens before.
 
-    Where guesses fail one after the other, it guesses less and less often, so that it costs nothing where nothing is
-    copied.
+    A guess that was right throughout is followed by one twice as long, up to `num_tokens`; one that was not by one
+    hardly longer than what was right. Where guesses fail one after the other, they also become rarer and rarer. So a
+    text that copies nothing costs nothing.
     """
 
-    def __init__(self, num_tokens: int = 10, max_ngram: int = 4, min_ngram: int = 2) -> None:
+    def __init__(self, num_tokens: int = 16, max_ngram: int = 4, min_ngram: int = 2) -> None:
         if not 1 <= min_ngram <= max_ngram or num_tokens < 1:
             raise UserError("prompt lookup needs 1 <= min_ngram <= max_ngram and num_tokens of at least 1")
         self.num_tokens, self.max_ngram, self.min_ngram = num_tokens, max_ngram, min_ngram
@@ -69,12 +71,13 @@ class PromptLookup:
             return []
         places = (known.places.get(tuple(ids[-size:])) for size in sizes if size <= len(ids))
         place = next((place for place in places if place is not None), len(ids))
-        return ids[place : place + min(most, self.num_tokens)]
+        return ids[place : place + min(most, self.num_tokens, known.size)]
 
     def learn(self, sequence: Sequence, drafted: int, kept: int) -> None:
         known = self._known[sequence]
         known.failures = 0 if kept else known.failures + 1
-        known.wait = min(2**known.failures, 32) if known.failures > 1 else 0
+        known.wait = min(2**known.failures, 64) if known.failures else 0
+        known.size = min(2 * known.size, self.num_tokens) if kept == drafted else kept + 2
 
     def finished(self, sequence: Sequence) -> None:
         self._known.pop(sequence, None)

@@ -74,7 +74,9 @@ def load(config: ServeConfig) -> Engine:
     from zero2hero.seeing import seeing_model
 
     machine.prepare()
-    parts = load_parts(config.model, config.device, config.dtype)
+    parts = load_parts(
+        config.model, config.device, config.dtype, load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit
+    )
     lm = seeing_model(parts) if isinstance(parts.model, VisionLanguage) else language_model(parts)
     engine = Engine(
         lm, max_batch_size=config.max_batch_size, max_waiting=config.max_waiting,
