@@ -1,8 +1,9 @@
 """Tokens per second of greedy generation, against transformers' `generate`.
 
-    python bench/generation.py [--rounds 5] [--new_tokens 128] [--threads 2]
+    python bench/generation.py [--rounds 5] [--new_tokens 128] [--threads 2] [--size 12M]
 
-A Llama shape of 12.2M parameters (width 384, 6 layers, 6 heads, vocabulary 4096), batch 1 and 8, fp32 and bf16,
+A Llama shape of 12.2M parameters (width 384, 6 layers, 6 heads, vocabulary 4096) or of 110M (width 768, 12 layers, 12
+heads, vocabulary 32000, bf16 alone), batch 1 and 8, fp32, bf16 and int8 (with bf16 for all but the layers' matrices),
 the contestants in turns in one process. transformers runs in two settings: as it comes, and with a static cache
 under inference_mode (its best without compiling). In fp32 the greedy tokens must be equal; in bf16 each of ours must
 be within rounding of the best according to transformers' own logits. The share of the memory bandwidth is
@@ -12,6 +13,7 @@ the bytes of the weights, read once per step, over the time of a step, relative 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -21,6 +23,13 @@ from typing import Any
 from common import interleaved, ratio, record, table
 
 PROMPT_TOKENS = 16
+SHAPES = {
+    "12M": {"vocab_size": 4096, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6,
+            "intermediate_size": 1024},
+    "110M": {"vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "intermediate_size": 2048},
+}  # fmt: skip
+NAMES = {"12M": "generation", "110M": "generation_110M"}
 
 
 def main() -> None:
@@ -28,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", choices=list(SHAPES), default="12M")
     options = parser.parse_args()
 
     from zero2hero.machine import prepare
@@ -37,15 +47,17 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = models(dtype)
+    for dtype in (torch.float32, torch.bfloat16) if options.size == "12M" else (torch.bfloat16,):
+        ours, theirs = models(dtype, options.size)
         for batch in (1, 8):
             results += compare(ours, theirs, batch, options.new_tokens, options.rounds)
     print(table(results))
-    print("written to", record("generation", results, prompt_tokens=PROMPT_TOKENS, new_tokens=options.new_tokens))
+    print(
+        "written to", record(NAMES[options.size], results, prompt_tokens=PROMPT_TOKENS, new_tokens=options.new_tokens)
+    )
 
 
-def models(dtype) -> tuple[Any, Any]:
+def models(dtype, size: str = "12M") -> tuple[Any, Any]:
     """The same random weights in both libraries.
 
     The head is the embedding shifted by one row, so that the likeliest token stands out as a trained model's does.
@@ -56,8 +68,8 @@ def models(dtype) -> tuple[Any, Any]:
     from zero2hero.models import Decoder, DecoderConfig, init_weights, save_pretrained
 
     config = DecoderConfig(
-        vocab_size=4096, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
-        max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.05, model_type="llama",
+        **SHAPES[size], max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.05,
+        model_type="llama",
     )  # fmt: skip
     model = Decoder(config)
     init_weights(model, seed=0)
@@ -80,15 +92,16 @@ def compare(ours, theirs, batch: int, new_tokens: int, rounds: int) -> list[dict
 
     from zero2hero.generate.decode import generate_tokens
     from zero2hero.generate.sampling import SamplingConfig
+    from zero2hero.tune import quantize_int8
 
     prompts = torch.randint(0, 4096, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2))
     greedy = SamplingConfig(temperature=0, max_new_tokens=new_tokens)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     attention_mask = torch.ones_like(prompts)
 
-    def zero2hero() -> list[list[int]]:
+    def zero2hero(model: Any = ours) -> list[list[int]]:
         texts: list[list[int]] = [[] for _ in range(batch)]
-        for token in generate_tokens(ours, prompts.tolist(), greedy):
+        for token in generate_tokens(model, prompts.tolist(), greedy):
             texts[token.row].append(token.id)
         return texts
 
@@ -105,10 +118,16 @@ def compare(ours, theirs, batch: int, new_tokens: int, rounds: int) -> list[dict
         "transformers, static cache": transformers_best,
         "zero2hero": zero2hero,
     }
+    if ours.embed_tokens.weight.dtype == torch.bfloat16:
+        int8 = quantize_int8(copy.deepcopy(ours))
+        contestants["zero2hero, int8"] = lambda: zero2hero(int8)
     check(theirs, prompts, zero2hero(), transformers())
     times = interleaved(contestants, rounds)
     dtype = str(ours.embed_tokens.weight.dtype).removeprefix("torch.")
-    weights = ours.config.num_matrix_parameters * ours.embed_tokens.weight.element_size()
+    size = ours.embed_tokens.weight.element_size()
+    weights = dict.fromkeys(times, ours.config.num_matrix_parameters * size)
+    if "zero2hero, int8" in times:
+        weights["zero2hero, int8"] = ours.config.num_matrix_parameters + ours.lm_head.weight.numel() * (size - 1)
     step = {name: statistics.median(t) / new_tokens for name, t in times.items()}
     return [
         {
@@ -117,7 +136,7 @@ def compare(ours, theirs, batch: int, new_tokens: int, rounds: int) -> list[dict
             "who": name,
             "tokens_per_s": round(batch / step[name], 1),
             "zero2hero is faster by": round(ratio(t, times["zero2hero"]), 2),
-            "share of bandwidth": round(weights / step[name] / bandwidth(weights), 3),
+            "share of bandwidth": round(weights[name] / step[name] / bandwidth(weights[name]), 3),
         }
         for name, t in times.items()
     ]

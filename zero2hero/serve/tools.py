@@ -108,6 +108,9 @@ class ToolCalls:
         """One call in pieces, appended to `ids`; one that is cut off says so with its last piece."""
         name = self.choice
         ids += self._encode(f'{TOOL_CALL}\n{{"name": ')
+        if self._is_full(ids):
+            yield Delta(0, finish_reason="length")
+            return
         if name in ("auto", "required"):
             written = ""
             async with aclosing(self._write(chat, worker, ids, self.names)) as events:
@@ -118,6 +121,9 @@ class ToolCalls:
                 return
             name = json.loads(written)
         ids += self._encode(f'{json.dumps(name)}, "arguments": ')
+        if self._is_full(ids):
+            yield Delta(0, finish_reason="length")
+            return
         call: dict[str, Any] = {"index": index, "id": f"call_{secrets.token_hex(12)}", "type": "function"}
         yield Delta(0, call=call | {"function": {"name": name, "arguments": ""}})
         async with aclosing(self._write(chat, worker, ids, self.arguments[name])) as events:
@@ -132,6 +138,8 @@ class ToolCalls:
 
     async def _begins_another(self, chat: Chat, worker: Worker, ids: list[int]) -> bool:
         """Whether what the model writes next, after a call, is the beginning of one."""
+        if self._is_full(ids):
+            return False
         before: str | None = None
         async with aclosing(self._write(chat, worker, ids, None, BEGINNING)) as events:
             async for event in events:
@@ -142,6 +150,10 @@ class ToolCalls:
             return False
         ids += self._encode(before)
         return True
+
+    def _is_full(self, ids: list[int]) -> bool:
+        """Whether the model's context has no room for more."""
+        return len(ids) >= self.lm.model.config.max_position_embeddings
 
     def _before_call(self, event: Event) -> str | None:
         """What was written before the beginning of a call; None where there is no such beginning."""
