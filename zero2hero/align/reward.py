@@ -34,7 +34,6 @@ from zero2hero.data.labelled import RowsByLength
 from zero2hero.data.pairs import moved, padded
 from zero2hero.errors import UserError
 from zero2hero.fetch import find_folder
-from zero2hero.generate.reader import evaluating
 from zero2hero.io import atomic_write
 from zero2hero.tokenizer import Tokenizer
 from zero2hero.tokenizer.templates import set_chat_template
@@ -187,8 +186,8 @@ def reward_loss(
 
 def objective(model: nn.Module, batch: PairBatch, center_rewards_coefficient: float | None = None) -> Loss:
     """The loss of a batch of pairs, without dropout; with TRL's metrics (minimum and maximum are of a micro-batch)."""
-    with evaluating(model):
-        scores = scores_of_batch(model, batch.ids_BT, batch.attention_mask_BT)
+    model.eval()  # the backward pass too, which may compute blocks again
+    scores = scores_of_batch(model, batch.ids_BT, batch.attention_mask_BT)
     chosen, rejected = scores.chunk(2)
     losses = reward_loss(chosen, rejected, batch.margin_P, center_rewards_coefficient)
     count, known = len(losses), scores.detach()
