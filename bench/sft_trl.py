@@ -248,7 +248,7 @@ def make_model(folder: Path, data: Path) -> None:
 
 
 def worker(name: str, folder: Path, data: Path, seconds: float) -> None:
-    """Train for some seconds after four steps to warm up, and print useful tokens per second."""
+    """Train for some seconds after two steps to warm up, and print useful tokens per second."""
     clock = Clock(seconds)
     (_time_ours if name.startswith("ours") else _time_trl)(CONTESTANTS[name], folder, data, clock)
     print(json.dumps({"useful_tokens_per_second": clock.tokens / clock.seconds}))
@@ -258,7 +258,7 @@ class Clock:
     """Counts whole steps; the first ones only warm up."""
 
     def __init__(self, limit: float) -> None:
-        self.limit, self.warm, self.tokens, self.seconds, self.started = limit, 4, 0, 0.0, 0.0
+        self.limit, self.warm, self.tokens, self.seconds, self.started = limit, 2, 0, 0.0, 0.0
 
     def step(self, tokens: int) -> bool:
         """Called after each step with the tokens it learned from; True when time is up."""
