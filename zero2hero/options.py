@@ -36,13 +36,16 @@ class QuickstartConfig:
     stories: int = 60_000  # built-in stories to learn from
     steps: int = 1120  # optimizer steps of pretraining
     chat_steps: int = 900  # of instruction tuning
+    align: bool = False  # then learn what raters like (DPO), and practise sums (GRPO)
+    taste_steps: int = 100  # of preference optimization
+    practice_steps: int = 40  # of reinforcement learning
     seed: int = 0
     precision: str = "auto"
     device: str = "auto"
     force: bool = False  # train anew although output_dir already holds a finished run
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "chat_steps")
+        at_least(self, 1, "steps", "chat_steps", "taste_steps", "practice_steps")
         at_least(self, 100, "stories")
         one_of(self, "precision", PRECISIONS)
 
