@@ -5,13 +5,14 @@ batches in the same order, and AdamW with the same learning rates: its collator,
 pass. Both are then judged on the same held-out pairs, by each implementation's own numbers.
 
     python bench/preference.py             # needs ../shared/data
+    python bench/preference.py hh_rlhf     # one of the sets
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common import ROOT, record, table
 DATA = ROOT.parent / "shared" / "data"
 MODEL = DATA / "tinystories656k"
 SETS = {  # file, pairs to learn from, held out
-    "hh_rlhf": (DATA / "hh_rlhf" / "harmless_base_first1500.jsonl.gz", 800, 400),
+    "hh_rlhf": (DATA / "hh_rlhf" / "harmless_base_first1500.jsonl.gz", 400, 400),
     "dpo_en_demo": (DATA / "llamafactory" / "dpo_en_demo.json", 230, 70),
 }
 PAIRS, MAX_LENGTH, LEARNING_RATE, BETA = 8, 256, 3e-4, 0.1
@@ -79,13 +80,11 @@ def ours(config) -> dict[str, float]:
     from zero2hero.align.dpo import dpo
     from zero2hero.train.tracking import read_metrics
 
-    start = time.perf_counter()
     dpo(config)
-    seconds = time.perf_counter() - start
     evaluated = [row for row in read_metrics(config.output_dir) if "eval_loss" in row]
     first, last = evaluated[0], evaluated[-1]
     names = ("loss", "rewards/accuracies", "rewards/accuracies_low", "rewards/accuracies_high", "rewards/margins", "kl")
-    return {name: last[f"eval_{name}"] for name in names} | {"first loss": first["eval_loss"], "seconds": seconds}
+    return {name: last[f"eval_{name}"] for name in names} | {"first loss": first["eval_loss"]}
 
 
 def trl(config) -> tuple[dict[str, float], dict]:
@@ -124,7 +123,7 @@ def trl(config) -> tuple[dict[str, float], dict]:
                  "rejected_ids": t.answers[1].tolist()} for t in trees]  # fmt: skip
         return trainer.data_collator(rows)
 
-    start, steps = time.perf_counter(), -(-len(learn) // PAIRS)
+    steps = -(-len(learn) // PAIRS)
     trainer.model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -133,7 +132,6 @@ def trl(config) -> tuple[dict[str, float], dict]:
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start
     trainer.model.eval()
     trainer._metrics["eval"].clear()
     total = 0.0
@@ -147,15 +145,15 @@ def trl(config) -> tuple[dict[str, float], dict]:
     }
     low, high = wilson(mean["accuracies"], len(held_out))
     found = {"loss": total / len(held_out), "rewards/accuracies": mean["accuracies"], "rewards/accuracies_low": low,
-             "rewards/accuracies_high": high, "rewards/margins": mean["margins"], "seconds": seconds}  # fmt: skip
+             "rewards/accuracies_high": high, "rewards/margins": mean["margins"]}  # fmt: skip
     return found, dict(trainer.model.named_parameters())
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     import zero2hero as z2h
 
     results, rows = {}, []
-    for name in SETS:
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(Path(folder), *split(name, Path(folder)))
             counts = [len(Path(p).read_text().splitlines()) for p in (config.data, config.eval_data)]
@@ -170,11 +168,11 @@ def main() -> None:
         }  # fmt: skip
         for who, found in (("ours", mine), ("TRL", theirs)):
             interval = f"{found['rewards/accuracies_low']:.3f} to {found['rewards/accuracies_high']:.3f}"
-            numbers = {"margin": found["rewards/margins"], "loss": found["loss"], "seconds": found["seconds"]}
+            numbers = {"margin": found["rewards/margins"], "loss": found["loss"]}
             rows.append({"data": name, "": who, "accuracy": found["rewards/accuracies"], "95 %": interval} | numbers)
         print(table(rows), "\nlargest difference of a weight:", apart, flush=True)
-    print(record("preference", results))
+    print(record("preference" + "".join(f"_{name}" for name in names if len(names) < len(SETS)), results))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(SETS))

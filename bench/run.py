@@ -17,6 +17,7 @@ BENCHMARKS = (
     "loss_head",
     "memory",
     "qlora",
+    "dpo",
     "generation",
     "serve",
     "checkpoint",

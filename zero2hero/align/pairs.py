@@ -8,8 +8,9 @@ once, and the answers follow as branches that see the prompt and themselves, not
     branch       0 0 0 0 | 1  1 1 1 | 2  2 2 2 2
 
 This is exact: each token sees what it would see alone. Of prompts as long as the answers it saves a quarter of the
-tokens. Where prompts are short, separate rows need less attention, and no mask: `SHARE_FROM`, measured by
-bench/dpo.py, decides. Short trees share a row with others, so that little is padding.
+tokens: a step of a 12M model on two cores was 15 % faster with prompts half as long as the answers, 24 % in fp32
+(bench/dpo.py). Where prompts are short, separate rows need less attention, and no mask: `SHARE_FROM` decides.
+Short trees share a row with others, so that little is padding.
 
 B rows, T time, N answers in the batch: of tree i those numbered 2 i and 2 i + 1.
 """
