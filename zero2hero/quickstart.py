@@ -63,7 +63,7 @@ def settings(config: QuickstartConfig) -> PretrainConfig:
         output_dir=config.output_dir,
         precision=config.precision,
         device=config.device,
-        tokenizer=TokenizerConfig(vocab_size=3072),
+        tokenizer=TokenizerConfig(vocab_size=3072, pattern="qwen2"),
         model=DecoderConfig(
             hidden_size=192, num_hidden_layers=4, num_attention_heads=6, qk_norm=True, max_position_embeddings=512
         ),
@@ -91,12 +91,12 @@ def chat_directory(config: QuickstartConfig) -> str:
 def chat_settings(config: QuickstartConfig) -> SftConfig:
     """The instruction tuning that follows. A chat's own tokens were never seen before: embedding and head learn too."""
     train = dataclasses.replace(
-        tuning_defaults(), max_steps=config.chat_steps, learning_rate=4e-3, max_length=320,
+        tuning_defaults(), max_steps=config.chat_steps, learning_rate=3e-3, max_length=320,
         eval_steps=max(1, config.chat_steps // 2), seed=config.seed,
     )  # fmt: skip
     return SftConfig(
         model=config.output_dir,
-        data=f"dialogues:{20 * config.chat_steps}",
+        data=[f"dialogues:{20 * config.chat_steps}", f"stories:{2 * config.chat_steps}"],  # stories: not to forget them
         output_dir=chat_directory(config),
         precision=config.precision,
         device=config.device,

@@ -20,9 +20,10 @@ from zero2hero.data.worlds.stories import Question, Story, story
 from zero2hero.data.worlds.stories.questions import questions_of
 from zero2hero.data.worlds.sums import Problem, problem
 
-QUESTIONS_PER_STORY = 4
-SHORTEST = 120  # characters of a story's beginning
-SUMS = 3  # one dialogue in this many is a sum
+QUESTIONS_PER_STORY = 8
+SHORTEST = 60  # characters of a story's beginning
+SUMS = 3  # one dialogue in this many is of sums
+SUMS_TOGETHER = 4
 SUM_LEVELS = (1, 2)  # see worlds/sums.py
 
 
@@ -54,23 +55,31 @@ def dialogue(index: int, split: str = "train", seed: int = 0) -> list[Turn]:
     """
     rng = document_rng("dialogues", seed, split, index)
     if index % SUMS == SUMS - 1:
-        sum_ = problem(index, split, seed, level=rng.choice(SUM_LEVELS))
-        return [Turn(sum_.question, sum_.text.partition("\n")[2], "sum", sum_)]
+        numbers = range(SUMS_TOGETHER * index, SUMS_TOGETHER * (index + 1))
+        sums = [problem(number, split, seed, level=rng.choice(SUM_LEVELS)) for number in numbers]
+        return [Turn(one.question, one.text.partition("\n")[2], "sum", one) for one in sums]
     told = story(index, split, seed)
     text, asked = _beginning(told, rng)
-    kinds = sorted({question.kind for question in asked})  # each kind is as likely as another: yes and no abound
     turns: list[Turn] = []
-    for kind in rng.sample(kinds, min(QUESTIONS_PER_STORY, len(kinds))):
-        question = rng.choice([question for question in asked if question.kind == kind])
+    for question in _some(asked, QUESTIONS_PER_STORY, rng):
         begin = "" if turns else f"{text}\n\n"
-        turns.append(Turn(begin + question.question, question.answer, kind))
+        turns.append(Turn(begin + question.question, question.answer, question.kind))
     return turns
 
 
+def _some(asked: list[Question], count: int, rng: random.Random) -> list[Question]:
+    """So many of the questions, in any order; each kind is as likely as another, though yes and no abound."""
+    rng.shuffle(asked)
+    earlier = [sum(other.kind == question.kind for other in asked[:i]) for i, question in enumerate(asked)]
+    chosen = sorted(range(len(asked)), key=lambda i: earlier[i])[:count]
+    rng.shuffle(chosen)
+    return [asked[i] for i in chosen]
+
+
 def _beginning(told: Story, rng: random.Random) -> tuple[str, list[Question]]:
-    """A story up to some point, as likely early as late, and what can be asked about so much of it."""
+    """A story up to some point, rather early than late, and what can be asked about so much of it."""
     ends = sorted({fact.at for fact in told.facts if fact.at >= SHORTEST} | {len(told.text)})
-    end = rng.choice(ends)
+    end = min(rng.choice(ends), rng.choice(ends))
     asked = questions_of([fact for fact in told.facts if fact.at < end], told.text[:end])
     whole = end == len(told.text)
     return told.text[:end].rstrip(), [q for q in asked if whole or not q.question.endswith("at the end?")]
