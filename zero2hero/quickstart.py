@@ -133,7 +133,7 @@ def practice_settings(config: QuickstartConfig) -> GrpoConfig:
     )  # fmt: skip
     return GrpoConfig(
         model=chat_directory(config),
-        data="sums:20000",
+        data="two_digit_sums:20000",
         output_dir=beside(config, "sums"),
         precision=config.precision,
         device=config.device,

@@ -50,7 +50,7 @@ Talker = Callable[[Any], LanguageModel]  # model -> it with its tokenizer, ready
 
 SAMPLES = 3
 RETAINED_DOCUMENTS = 100  # of text, whose loss shows what is forgotten
-ANSWER_TOKENS = 128  # at most, of an answer that is compared with the data's
+ANSWER_TOKENS = 128  # at most, of an answer that is shown
 
 
 def sft(config: SftConfig) -> LanguageModel:
@@ -249,9 +249,13 @@ def retained_loss(
 
 def exact_match(lm: LanguageModel, records: Sequence[Record]) -> float:
     """The share of records whose last answer the model gives word for word; case and a full stop do not matter."""
-    prompts = [lm.prompt_ids(record.messages[:-1]) for record in records]
-    answers = lm.continuations(prompts, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
-    return float(np.mean([same_answer(a, str(r.messages[-1]["content"])) for a, r in zip(answers, records)]))
+    prompts, right = (
+        [lm.prompt_ids(r.messages[:-1]) for r in records],
+        [str(r.messages[-1]["content"]) for r in records],
+    )
+    longest = max(len(lm.tokenizer.encode(text)) for text in right) + 4  # what is longer than every answer is none
+    answers = lm.continuations(prompts, max_new_tokens=longest, temperature=0.0)
+    return float(np.mean([same_answer(answer, text) for answer, text in zip(answers, right)]))
 
 
 def chat_sampler(talker: Talker, held_out: Sequence[Record], seed: int) -> Callable[[nn.Module], list[Sample]]:

@@ -25,6 +25,7 @@ __all__ = ["SPLITS", "WORLDS", "World", "world"]
 WORLDS = {
     "stories": ("zero2hero.data.worlds.stories", "Stories"),
     "sums": ("zero2hero.data.worlds.sums", "Sums"),
+    "two_digit_sums": ("zero2hero.data.worlds.sums", "TwoDigitSums"),
     "sentiment": ("zero2hero.data.worlds.sentiment", "Sentiment"),
     "names": ("zero2hero.data.worlds.names", "Names"),
     "questions": ("zero2hero.data.worlds.reading", "Questions"),

@@ -184,11 +184,19 @@ class Sums(BaseWorld):
     """The world of sums: document `index` is the text of `problem(index)`, its record the same in GSM8K's form."""
 
     name = "sums"
+    level: int | None = None  # any
 
     def document(self, index: int, split: str = "train") -> str:
-        return problem(index, split, self.seed).text
+        return problem(index, split, self.seed, self.level).text
 
     def record(self, index: int, split: str = "train") -> dict[str, Any]:
         """Question and worked answer, as GSM8K writes them down (Cobbe et al. 2021, arXiv 2110.14168)."""
-        found = problem(index, split, self.seed)
+        found = problem(index, split, self.seed, self.level)
         return {"question": found.question, "answer": found.solution, "level": found.level}
+
+
+class TwoDigitSums(Sums):
+    """Those of level 2 alone, which a small model can learn to the end in minutes."""
+
+    name = "two_digit_sums"
+    level = 2
