@@ -70,13 +70,18 @@ def faults(module: ast.Module) -> list[str]:
     return found
 
 
-# the one place where old weights are opened, when a person asks for it, by torch's restricted reader
-ALLOWED = {"zero2hero.models.convert": ["torch.load(weights_only=True)"]}
+# the one place where old weights are opened, when a person asks for it, by torch's restricted reader; and the process
+# that runs what a model wrote, when a person asks for that, once the kernel holds it (align/sandbox.py)
+ALLOWED = {
+    "zero2hero.models.convert": ["torch.load(weights_only=True)"],
+    "zero2hero.align.sandbox_child": ["exec()", "exec()", "compile()", "compile()"],
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_runs_code_from_a_file(name):
-    assert faults(tree(name)) == ALLOWED.get(name, [])
+    found = [fault.rpartition(": ")[2] for fault in faults(tree(name))] if name in ALLOWED else faults(tree(name))
+    assert found == ALLOWED.get(name, [])
 
 
 @pytest.mark.parametrize(

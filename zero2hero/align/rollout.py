@@ -351,6 +351,8 @@ class RolloutData:
         device: where the batches go.
     """
 
+    unharmed_by_errors = True  # where `collect` fails, what is kept is what it was
+
     def __init__(
         self,
         collect: Callable[[int], tuple[Rollout, dict[str, Tensor]]],

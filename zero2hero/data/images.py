@@ -54,12 +54,12 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_image(source: str | Path | bytes | Image, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image:
+def open_image(source: str | Path | bytes | Image, mode: str = "RGB", max_pixels: int | None = None) -> Image:
     """A PNG, JPEG or WebP file (or its bytes, or an image in memory), turned upright, in colours (or grey: "L").
 
     Raises:
-        UserError: no such file, another format, a damaged image, or one of more than `max_pixels`; nothing is fetched
-            from an address.
+        UserError: no such file, another format, a damaged image, or one of more than `max_pixels` (`MAX_PIXELS`);
+            nothing is fetched from an address.
     """
     try:
         from PIL import Image, ImageOps
@@ -73,8 +73,9 @@ def open_image(source: str | Path | bytes | Image, mode: str = "RGB", max_pixels
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise UserError(f"{name} has {width} x {height} pixels; at most {max_pixels:,} are read")
+            most = max_pixels or MAX_PIXELS
+            if width * height > most:
+                raise UserError(f"{name} has {width} x {height} pixels; at most {most:,} are read")
             return ImageOps.exif_transpose(image).convert(mode)
     except UserError:
         raise

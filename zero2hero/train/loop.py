@@ -220,12 +220,12 @@ class Trainer:
             watcher.after_update(self)
 
     def _next_batches(self) -> list[Any]:
-        """This step's. Where they cannot be had, what was learned so far is saved."""
+        """This step's. Where they cannot be had, what was learned is saved, if the data stand where they stood."""
         try:
             return self.data(self.state.step + self.state.data_offset)
         except UserError as error:
             step = self.state.step
-            if not self.output_dir or not step:
+            if not self.output_dir or not step or not getattr(self.data, "unharmed_by_errors", False):
                 raise
             if not folder_of(self.output_dir, step).exists():
                 self.save()
