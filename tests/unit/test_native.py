@@ -41,8 +41,8 @@ def path(request, monkeypatch):
     """Both must equal the formula; the native one only where it can be had."""
     monkeypatch.setattr(native, "_SMALL", 0)  # so that two threads also share small tensors
     if request.param == "fallback":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    elif native.kernels() is None:
         pytest.skip("no native kernels here")
     return request.param
 
@@ -290,7 +290,7 @@ def test_without_a_compiler(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(native, "native_library", fails)
-    native.library.cache_clear()
+    native.kernels.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -300,32 +300,32 @@ def test_without_a_compiler(monkeypatch, error):
         fails_loudly = sys.platform == "linux" and not isinstance(error, FileNotFoundError)
         assert [str(w.message).endswith("bad flag") for w in seen] == [True] * fails_loudly
     finally:
-        native.library.cache_clear()
+        native.kernels.cache_clear()
 
 
 def test_turned_off_by_the_environment(monkeypatch):
     monkeypatch.setenv("ZERO2HERO_NATIVE", "0")
-    native.library.cache_clear()
+    native.kernels.cache_clear()
     try:
         assert not native.usable(torch.ones(2))
     finally:
-        native.library.cache_clear()
+        native.kernels.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_in_the_process():
     """A second one would have threads of its own, fighting for the same cores."""
-    if native.library() is None:
+    if native.kernels() is None:
         pytest.skip("no native kernels here")
     found = "{line.split(maxsplit=5)[-1].strip() for line in open('/proc/self/maps') if 'libgomp' in line}"
-    code = f"from zero2hero.nn import native; native.library(); print(len({found}))"
+    code = f"from zero2hero.nn import native; native.kernels(); print(len({found}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() in ("0", "1"), done.stdout + done.stderr
 
 
 def test_another_processor_compiles_anew(monkeypatch, tmp_path):
     """A home folder shared by machines must not hand one the other's instructions."""
-    if native.library() is None:
+    if native.kernels() is None:
         pytest.skip("no native kernels here")
     monkeypatch.setenv("ZERO2HERO_CACHE", str(tmp_path))
     commands = []

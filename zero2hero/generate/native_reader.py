@@ -209,7 +209,7 @@ class NativeReader:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if native.library() is None:  # it also makes torch's OpenMP visible, which this library needs too
+    if native.kernels() is None:  # it also makes torch's OpenMP visible, which this library needs too
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         library = native_library("decode", *_FLAGS)

@@ -34,11 +34,11 @@ def usable(*tensors: Tensor) -> bool:
     if dtype not in _NAMES or torch.compiler.is_compiling():
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype for t in tensors)
-    return plain and library() is not None
+    return plain and kernels() is not None
 
 
 @functools.cache
-def library(name: str = "fused") -> ctypes.CDLL | None:
+def kernels(name: str = "fused") -> ctypes.CDLL | None:
     """The compiled kernels of native/NAME.c, or None where they cannot be had."""
     if os.environ.get("ZERO2HERO_NATIVE") == "0" or sys.platform != "linux":
         return None
@@ -71,7 +71,7 @@ def _run(kernel: str, like: Tensor, *arguments: Tensor | int | float | None) -> 
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else numbers[type(a)](a)  # type: ignore[arg-type]
         for a in (*arguments, _threads(like))
     ]
-    getattr(library(), f"{kernel}_{_NAMES[like.dtype]}")(*values)
+    getattr(kernels(), f"{kernel}_{_NAMES[like.dtype]}")(*values)
 
 
 def _threads(x: Tensor) -> int:

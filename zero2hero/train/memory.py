@@ -37,7 +37,7 @@ def planned_run(
     """A run as train/memory_plan.py knows it; `shape` is derived, with its vocabulary."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     glibc = platform.libc_ver()[0] == "glibc"
-    return Run(shape, train, precision, device.type, native.library() is not None, glibc, method, lora_r)
+    return Run(shape, train, precision, device.type, native.kernels() is not None, glibc, method, lora_r)
 
 
 class PeakMemory(Watcher):

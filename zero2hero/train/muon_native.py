@@ -29,7 +29,7 @@ def _suits(p: Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.library("muon")
+    library = native.kernels("muon")
     return library if library is not None and library.muon_usable() else None
 
 
