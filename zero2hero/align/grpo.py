@@ -21,6 +21,7 @@ N samples, C tokens of the longest completion, K tokens of a micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -40,29 +41,24 @@ from zero2hero.align.online import (
     Prompt,
     PromptOrder,
     answers,
+    begin,
     completion_metrics,
     held_out_reward,
     judged,
-    read_prompts,
     rollouts_of,
 )
 from zero2hero.align.policy_loss import Tokens, policy_loss
 from zero2hero.align.reference import Reference
-from zero2hero.align.rewards import Rewards, Scores, load_rewards
+from zero2hero.align.rewards import Rewards, Scores
 from zero2hero.align.rollout import PolicyBatch, Rollout, RolloutData, Sampler, chosen_states, rollout_logprobs
 from zero2hero.alignment_configs import GrpoConfig
-from zero2hero.errors import UserError
-from zero2hero.fetch import find_folder
 from zero2hero.language_model import LanguageModel, load
-from zero2hero.models.checkpoint import read_json
 from zero2hero.nn.logprobs import logprobs_and_entropies
 from zero2hero.progress import human_count
-from zero2hero.tokenizer import Tokenizer
-from zero2hero.tokenizer.templates import set_chat_template
 from zero2hero.train.loop import Trainer
 from zero2hero.train.objectives import Loss
 from zero2hero.train.run import Place, Task, run
-from zero2hero.train.sft import adapt, base_model, save_tuned
+from zero2hero.train.sft import save_tuned
 from zero2hero.train.tracking import Units
 from zero2hero.train.watch import Watcher
 
@@ -82,25 +78,11 @@ def grpo(config: GrpoConfig) -> LanguageModel:
 
 def _begin(config: GrpoConfig, place: Place) -> Task:
     train = config.train
-    if place.ranks.size > 1:
-        raise UserError("grpo samples and learns in one process: start it without torchrun")
-    folder = find_folder(config.model)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    set_chat_template(tokenizer, config.chat_template)
-    model = base_model(config, folder, place)
-    settings = folder / "generation_config.json"
-    lm = LanguageModel(model, tokenizer, generation_config=read_json(settings) if settings.exists() else {})
-    prompts, held_out = read_prompts(config, lm)
-    held_out = held_out[: config.num_eval_prompts]
-    rewards = load_rewards(config.reward_funcs, config.reward_weights, allow_code_execution=config.allow_code_execution)
-    adapted: Any = adapt(model, config).to(place.device)
+    begun = begin(config, place, "grpo")
+    lm, adapted, prompts, held_out, rewards = begun.lm, begun.policy, begun.prompts, begun.held_out, begun.rewards
     reference = Reference.of(adapted, place.dtype, place.device) if config.beta else None
-    environment = find_environment(config.environment, tokenizer) if config.environment else None
-    sampler = Sampler(
-        adapted, tokenizer, lm.eos_ids, max_completion_length=config.max_completion_length,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-        stop=environment.stop if environment else (), seed=train.seed,
-    )  # fmt: skip
+    environment = find_environment(config.environment, lm.tokenizer) if config.environment else None
+    sampler = begun.sampler(config, environment.stop if environment else ())
     practice = Practice(config, prompts, sampler, rewards, reference, environment, place.dtype)
     data = RolloutData(
         practice.collect, samples_per_micro_batch=train.per_device_train_batch_size, seed=train.seed,
@@ -113,14 +95,14 @@ def _begin(config: GrpoConfig, place: Place) -> Task:
     total_steps = rollouts_of(config, len(prompts), per_rollout, config.steps_per_rollout)
     return Task(
         adapted, practice.objective, total_steps, data,
-        save=lambda model: save_tuned(LanguageModel(model, tokenizer, None, lm.generation_config), config),  # type: ignore[arg-type]
+        save=lambda model: save_tuned(dataclasses.replace(lm, model=model), config),  # type: ignore[arg-type]
         announce=f"{len(prompts)} prompts, {per_rollout} at a time with {config.num_generations} answers each, "
         f"{len(held_out)} held out; rewards {', '.join(rewards.functions)}; {config.method} trains "
         f"{human_count(trained)} weights",
         evaluate=evaluate, baseline=evaluate,
         sample=answers(sampler, held_out),
-        made_with={"tokenizer": tokenizer.fingerprint, "base": str(folder)},
-        facts={"vocab_size": model.config.vocab_size},
+        made_with={"tokenizer": lm.tokenizer.fingerprint, "base": str(begun.folder)},
+        facts={"vocab_size": adapted.config.vocab_size},
         watchers=[practice],
         units=Units("token" if config.loss_type == "bnpo" else "completion", "loss"),
     )  # fmt: skip

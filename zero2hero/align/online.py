@@ -12,21 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from zero2hero.align.reference import Reference
-from zero2hero.align.rewards import Rewards, Scores
+from zero2hero.align.rewards import Rewards, Scores, load_rewards
 from zero2hero.align.rollout import Rollout, Sampler, rollout_logprobs
 from zero2hero.alignment_configs import OnlineConfig
 from zero2hero.data.conversations import Record, Turns, question_of
 from zero2hero.data.files import BadRecords
 from zero2hero.errors import UserError
+from zero2hero.fetch import find_folder
 from zero2hero.language_model import LanguageModel
-from zero2hero.train.run import Sample
-from zero2hero.train.sft import split_records
+from zero2hero.models.checkpoint import read_json
+from zero2hero.tokenizer import Tokenizer
+from zero2hero.tokenizer.templates import set_chat_template
+from zero2hero.train.run import Place, Sample
+from zero2hero.train.sft import adapt, base_model, split_records
 
 HELD_OUT = 1 << 30  # the number of the rollout that held-out prompts are answered in, always the same
 SHOWN = 3
@@ -73,6 +78,46 @@ def prompts_of(records: Sequence[Record], lm: LanguageModel, on_bad_record: str)
     if not prompts:
         raise UserError("the data hold no prompt that can be answered")
     return prompts
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with: the model's folder, the model with its tokenizer, and that model as it is trained."""
+
+    folder: Path
+    lm: LanguageModel
+    policy: Any
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    rewards: Rewards
+
+    def sampler(self, config: OnlineConfig, stop: tuple[str, ...] = ()) -> Sampler:
+        """What samples from the policy; for `stop` see there."""
+        return Sampler(
+            self.policy, self.lm.tokenizer, self.lm.eos_ids, max_completion_length=config.max_completion_length,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, stop=stop,
+            seed=config.train.seed,
+        )  # fmt: skip
+
+
+def begin(config: OnlineConfig, place: Place, verb: str) -> Beginning:
+    """Read model, prompts and rewards.
+
+    Raises:
+        UserError: as these do; or there are several ranks.
+    """
+    if place.ranks.size > 1:
+        raise UserError(f"{verb} samples and learns in one process: start it without torchrun")
+    folder = find_folder(config.model)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    set_chat_template(tokenizer, config.chat_template)
+    settings = folder / "generation_config.json"
+    known = read_json(settings) if settings.exists() else {}
+    lm = LanguageModel(base_model(config, folder, place), tokenizer, generation_config=known)
+    prompts, held_out = read_prompts(config, lm)
+    rewards = load_rewards(config.reward_funcs, config.reward_weights, allow_code_execution=config.allow_code_execution)
+    policy = adapt(lm.model, config).to(place.device)
+    return Beginning(folder, lm, policy, prompts, held_out[: config.num_eval_prompts], rewards)
 
 
 class PromptOrder:

@@ -14,6 +14,7 @@ Names of settings and metrics are TRL's. N samples, C tokens of the longest comp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,16 +28,16 @@ from zero2hero.align.online import (
     Prompt,
     PromptOrder,
     answers,
+    begin,
     chunks,
     completion_metrics,
     held_out_reward,
     judged,
-    read_prompts,
     rollouts_of,
 )
 from zero2hero.align.policy_loss import Tokens, policy_loss
 from zero2hero.align.reference import Reference
-from zero2hero.align.rewards import Scores, load_rewards
+from zero2hero.align.rewards import Scores
 from zero2hero.align.rollout import (
     PolicyBatch,
     Rollout,
@@ -48,18 +49,13 @@ from zero2hero.align.rollout import (
 )
 from zero2hero.align.value_head import ActorCritic, load_value_head, save_value_head
 from zero2hero.alignment_configs import PolicyLossConfig, PpoConfig
-from zero2hero.errors import UserError
-from zero2hero.fetch import find_folder
 from zero2hero.generate.reader import evaluating
 from zero2hero.language_model import LanguageModel, load
-from zero2hero.models.checkpoint import read_json
 from zero2hero.nn.logprobs import logprobs_and_entropies
 from zero2hero.progress import human_count
-from zero2hero.tokenizer import Tokenizer
-from zero2hero.tokenizer.templates import set_chat_template
 from zero2hero.train.objectives import Loss
 from zero2hero.train.run import Place, Task, run
-from zero2hero.train.sft import adapt, base_model, save_tuned
+from zero2hero.train.sft import save_tuned
 from zero2hero.train.tracking import Units
 from zero2hero.train.watch import Watcher
 
@@ -79,27 +75,12 @@ def ppo(config: PpoConfig) -> LanguageModel:
 
 def _begin(config: PpoConfig, place: Place) -> Task:
     train = config.train
-    if place.ranks.size > 1:
-        raise UserError("ppo samples and learns in one process: start it without torchrun")
-    folder = find_folder(config.model)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    set_chat_template(tokenizer, config.chat_template)
-    settings = folder / "generation_config.json"
-    lm = LanguageModel(
-        base_model(config, folder, place), tokenizer,
-        generation_config=read_json(settings) if settings.exists() else {},
-    )  # fmt: skip
-    prompts, held_out = read_prompts(config, lm)
-    held_out = held_out[: config.num_eval_prompts]
-    rewards = load_rewards(config.reward_funcs, config.reward_weights, allow_code_execution=config.allow_code_execution)
-    policy: Any = adapt(lm.model, config)
+    begun = begin(config, place, "ppo")
+    lm, policy, prompts, held_out, rewards = begun.lm, begun.policy, begun.prompts, begun.held_out, begun.rewards
     model = ActorCritic(policy).to(place.device)
-    load_value_head(model.value_head, folder)
+    load_value_head(model.value_head, begun.folder)
     reference = Reference.of(policy, place.dtype, place.device)
-    sampler = Sampler(
-        policy, tokenizer, lm.eos_ids, max_completion_length=config.max_completion_length,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, seed=train.seed,
-    )  # fmt: skip
+    sampler = begun.sampler(config)
     experience = Experience(
         config, model, sampler, PromptOrder(prompts, train.seed), functools.partial(judged, rewards=rewards), reference,
         exact=sampler.exact and place.dtype == torch.float32, reward_metrics=rewards.metrics,
@@ -113,7 +94,7 @@ def _begin(config: PpoConfig, place: Place) -> Task:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def save(finished: Any) -> None:
-        save_tuned(LanguageModel(finished.policy, tokenizer, None, lm.generation_config), config)
+        save_tuned(dataclasses.replace(lm, model=finished.policy), config)
         save_value_head(finished.value_head, config.output_dir)
 
     return Task(
@@ -122,7 +103,7 @@ def _begin(config: PpoConfig, place: Place) -> Task:
         announce=f"{len(prompts)} prompts, {config.samples_per_rollout} at a time, {len(held_out)} held out; rewards "
         f"{', '.join(rewards.functions)}; {config.method} trains {human_count(trained)} weights",
         evaluate=evaluate, baseline=evaluate, sample=answers(sampler, held_out),
-        made_with={"tokenizer": tokenizer.fingerprint, "base": str(folder)},
+        made_with={"tokenizer": lm.tokenizer.fingerprint, "base": str(begun.folder)},
         facts={"vocab_size": policy.config.vocab_size}, watchers=[experience], units=Units("token", "loss"),
     )  # fmt: skip
 
