@@ -12,73 +12,27 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import hashlib
-import html
 import json
 import math
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from zero2hero import __version__
-from zero2hero.errors import UserError
 from zero2hero.io import atomic_write
-from zero2hero.progress import human_bytes, human_count, visible
+from zero2hero.progress import human_bytes, human_count
 from zero2hero.train import plots
 from zero2hero.train.diagnosis import CHECKS, Finding, diagnose
-from zero2hero.train.tracking import Units, read_metrics
+from zero2hero.train.report_alignment import attempts, completions, overoptimization, preferences
+from zero2hero.train.report_parts import Run, Section, duration, escape, pictures, shorten, table_of
+from zero2hero.train.tracking import Units
 
 COLUMNS_OF_SAMPLES = 4  # steps shown side by side, from the first to the last
-SAMPLE_CHARACTERS = 1500  # of each sample
 LABELS_SHOWN = 40  # at most, in a table of confusions
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder says about it."""
-
-    path: Path
-    rows: list[dict[str, Any]]  # metrics.jsonl
-    settings: dict[str, Any]  # run.yaml; empty when absent
-    config: dict[str, Any]  # config.json; empty when absent
-    predictions: dict[str, Any]  # predictions.json; empty when absent
-
-    @classmethod
-    def read(cls, run_dir: str | Path) -> Run:
-        """Raises `UserError` when there is no metrics.jsonl or a file is broken."""
-        path = Path(run_dir)
-        return cls(
-            path,
-            read_metrics(path),
-            _read_mapping(path / "run.yaml", yaml.safe_load),
-            _read_mapping(path / "config.json", json.loads),
-            _read_mapping(path / "predictions.json", json.loads),
-        )
-
-    @property
-    def units(self) -> Units:
-        return Units.of(self.rows)
-
-    def values(self, name: str) -> list[Any]:
-        """All that was recorded under `name`, in order."""
-        return [row[name] for row in self.rows if name in row]
-
-    def last(self, name: str) -> Any:
-        """The last thing recorded under `name`, or None."""
-        return next(reversed(self.values(name)), None)
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    html: str  # ready to be put on the page: whoever makes a section escapes what is not its own
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -203,23 +157,6 @@ def _finding(finding: Finding) -> str:
     )
 
 
-def pictures(run: Run, figures: Mapping[str, plots.Draw]) -> str:
-    """Figures, once for light and once for dark surroundings; the light ones also go to plots/.
-
-    Raises `ImportError` when matplotlib is missing.
-    """
-    light = plots.draw(run.rows, run.config, plots.LIGHT, figures)
-    dark = plots.draw(run.rows, run.config, plots.DARK, figures)
-    shown = []
-    for name, image in light.items():
-        atomic_write(run.path / "plots" / f"{name}.png", image)
-        shown.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark[name])}">'
-            f'<img alt="{name.replace("_", " ")} over the course of the run" src="{_data_uri(image)}"></picture>'
-        )
-    return "\n".join(shown)
-
-
 def samples(run: Run) -> Section | None:
     """What the model wrote, early to late side by side: a row for each prompt, a column for each step."""
     recorded = {row["step"]: row["samples"] for row in run.rows if row.get("samples")}
@@ -280,75 +217,6 @@ def confusion(run: Run) -> Section | None:
     return Section("Confusions", words + table)
 
 
-def attempts(run: Run) -> Section | None:
-    """Of a model that learned to reason: what many attempts at each problem come to, before and after.
-
-    attempts.json holds "verdict", "table" (rows of name, before, after), "before" and "after" (evaluate/pass_at_k.py).
-    """
-    found = _read_mapping(run.path / "attempts.json", json.loads)
-    if not found:
-        return None
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(before)}</td><td>{escape(after)}</td></tr>'
-        for name, before, after in found["table"]
-    )
-    head = "<thead><tr><th></th><th>before</th><th>after</th></tr></thead>"
-    words = f'<p>{escape(found["verdict"])}</p><div class="tables"><table>{head}<tbody>{rows}</tbody></table></div>'
-    with contextlib.suppress(ImportError):
-        words += (
-            f'<div class="small">{pictures(run, {"attempts": functools.partial(plots.attempts_figure, found)})}</div>'
-        )
-    return Section("Many attempts, before and after", words)
-
-
-def preferences(run: Run) -> Section | None:
-    """Of a reward model: how well it tells which answer people preferred, and whether length is all it sees.
-
-    reward.json holds what `measured` of align/reward.py found of the held-out pairs.
-    """
-    found = _read_mapping(run.path / "reward.json", json.loads)
-    if not found:
-        return None
-    shown = {
-        "held-out pairs": f"{found['pairs']}",
-        "right, with 95 % interval": f"{found['accuracy']:.1%} ({found['accuracy_low']:.1%} to "
-        f"{found['accuracy_high']:.1%})",
-        "right where the shorter was preferred": f"{found['accuracy_shorter']:.1%} of {found['pairs_shorter']}"
-        if "accuracy_shorter" in found
-        else "there is no such pair",
-        "correlation of score and length": f"{found['length_correlation']:+.2f}",
-        "calibration error": f"{found['calibration_error']:.1%}",
-        "rewards, from ... to": f"{found['min_reward']:.3g} to {found['max_reward']:.3g}, {found['mean_reward']:.3g} "
-        "on average",
-    }
-    words = f'<div class="tables">{_table("", shown)}</div>'
-    with contextlib.suppress(ImportError):
-        figure = functools.partial(plots.reliability_figure, found)
-        words += f'<div class="small">{pictures(run, {"reliability": figure})}</div>'
-    return Section("What its scores are worth", words)
-
-
-def completions(run: Run) -> Section | None:
-    """Some answers of a policy that learns from its own, with what they earned: those shown first and last."""
-    recorded = [(row["step"], row["completions"]) for row in run.rows if row.get("completions")]
-    if not recorded:
-        return None
-
-    def table(step: int, shown: list[dict[str, Any]]) -> str:
-        names = list(shown[0]["rewards"]) if len(shown[0]["rewards"]) > 1 else []
-        heads = "".join(f"<th>{escape(head)}</th>" for head in ("prompt", "completion", "reward", *names, "advantage"))
-        rows = "".join(f"<tr>{''.join(cells(s, names))}</tr>" for s in shown)
-        return f"<table><caption>step {step}</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-
-    def cells(s: dict[str, Any], names: list[str]) -> list[str]:
-        texts = [f'<td dir="auto">{escape(shorten(s[name]))}</td>' for name in ("prompt", "completion")]
-        numbers = [s["reward"], *(s["rewards"][name] for name in names), s["advantage"]]
-        return texts + [f"<td>{'' if number is None else format(number, 'g')}</td>" for number in numbers]
-
-    shown = [recorded[0], recorded[-1]] if len(recorded) > 1 else recorded
-    return Section("Completions and their rewards", "".join(table(*each) for each in shown))
-
-
 def settings(run: Run) -> Section | None:
     """run.yaml as tables, one for each of its sections."""
     if not run.settings:
@@ -359,32 +227,14 @@ def settings(run: Run) -> Section | None:
             groups[name] = dict(_flat(value))
         else:
             groups["run"][name] = value
-    tables = "".join(_table(name, values) for name, values in groups.items() if values)
+    tables = "".join(table_of(name, values) for name, values in groups.items() if values)
     return Section("Settings", f'<div class="tables">{tables}</div>')
 
 
 def machine(run: Run) -> Section | None:
     """What it ran on, when the run recorded it."""
     found = run.last("machine")
-    return Section("Machine", f'<div class="tables">{_table("", found)}</div>') if found else None
-
-
-def overoptimization(run: Run) -> Section | None:
-    """Where a proxy and what was meant by it part; overoptimization.json is written by align/overoptimization.py."""
-    found = _read_mapping(run.path / "overoptimization.json", json.loads)
-    if not found:
-        return None
-    peak, last = found["peak"], found["rl"][-1]
-    words = (
-        f"<p>The policy earned the reward of a proxy, a model of {found['votes']} votes. The true reward rose with it "
-        f"to {peak['gold']:.2f} standard deviations at {peak['kl']:.1f} nats of KL, and then fell to "
-        f"{last['gold']:.2f} at {last['kl']:.1f} nats, while the proxy went on from {peak['proxy']:.2f} to "
-        f"{last['proxy']:.2f}.</p>"
-    )
-    with contextlib.suppress(ImportError):
-        draw = functools.partial(plots.overoptimization_figure, found)
-        words += pictures(run, {"overoptimization": draw})
-    return Section("Over-optimization", words)
+    return Section("Machine", f'<div class="tables">{table_of("", found)}</div>') if found else None
 
 
 # the body of the page, in order; a builder returns None when the run has nothing to show in it
@@ -403,15 +253,6 @@ SECTIONS: list[Callable[[Run], Section | None]] = [
 ]
 
 
-def escape(text: object) -> str:
-    """Text of any origin, made safe to stand in the page, in an attribute too."""
-    return html.escape(visible(str(text)).encode("utf-8", "replace").decode("utf-8"), quote=True)
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " …"
-
-
 def parameter_count(path: Path) -> int | None:
     """Parameters in a safetensors file, by its header (8 bytes of length, then JSON); None if absent."""
     if not path.exists():
@@ -419,13 +260,6 @@ def parameter_count(path: Path) -> int | None:
     with open(path, "rb") as stream:
         tensors = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
-
-
-def duration(seconds: float) -> str:
-    """48 s, 5 min 2 s, 3 h 20 min."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours} h {minute} min" if hours else f"{minute} min {second} s" if minute else f"{second} s"
 
 
 def _typical(run: Run, name: str) -> float | None:
@@ -437,34 +271,9 @@ def _maybe(show: Callable[[Any], str], value: Any) -> str | None:
     return None if value is None else show(value)
 
 
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold a mapping of names to values, not {type(found).__name__}")
-    return found
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    def show(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-    caption = f"<caption>{escape(title)}</caption>" if title else ""
-    rows = (f'<tr><th scope="row">{escape(k)}</th><td>{escape(show(v))}</td></tr>' for k, v in values.items())
-    return f"<table>{caption}<tbody>{''.join(rows)}</tbody></table>"
-
-
-def _data_uri(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
