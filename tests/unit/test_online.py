@@ -89,3 +89,15 @@ def test_prompts_that_cannot_be_answered_are_named_or_left_out(lm, tmp_path):
     assert len(learn + held_out) == 6
     with pytest.raises(UserError, match="nothing to answer"):
         read_prompts(written(tmp_path, *({"text": "Once upon a time"} for _ in range(5))), lm)
+
+
+def test_texts_need_no_chat_template(lm, tmp_path):
+    """Plain prompts are read as they are; messages get the format that the settings name."""
+    tokenizer = Tokenizer.train(["What is 2 + 3? The answer is 5."] * 3, vocab_size=300)
+    plain = z2h.LanguageModel(lm.model, tokenizer)
+    texts = written(tmp_path, *({"prompt": f"{n} ="} for n in range(5)))
+    assert all(p.ids == tokenizer.encode(p.turns) for p in read_prompts(texts, plain)[0])
+    assert tokenizer.chat_template is None
+    talk = written(tmp_path, *({"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(5)))
+    assert read_prompts(talk, plain)[0]
+    assert tokenizer.chat_template is not None

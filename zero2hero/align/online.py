@@ -53,6 +53,8 @@ def read_prompts(config: OnlineConfig, lm: LanguageModel) -> tuple[list[Prompt],
         UserError: with the record's place: it has nothing to answer, or is too long for the model's context.
     """
     learn, held_out = split_records(config)
+    if any(record.messages or isinstance(record.prompt, list) for record in (*learn, *held_out)):
+        set_chat_template(lm.tokenizer, config.chat_template)
     return prompts_of(learn, lm, config.on_bad_record), prompts_of(held_out, lm, config.on_bad_record)
 
 
@@ -110,7 +112,6 @@ def begin(config: OnlineConfig, place: Place, verb: str) -> Beginning:
         raise UserError(f"{verb} samples and learns in one process: start it without torchrun")
     folder = find_folder(config.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    set_chat_template(tokenizer, config.chat_template)
     settings = folder / "generation_config.json"
     known = read_json(settings) if settings.exists() else {}
     lm = LanguageModel(base_model(config, folder, place), tokenizer, generation_config=known)
